@@ -1,0 +1,1 @@
+"""Caption, or answer questions about, a corpus of videos: stages on Ray Data."""

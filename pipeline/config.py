@@ -1,0 +1,229 @@
+"""The configuration: frozen dataclasses are the schema, and refuse nonsense when made."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omnisift.compress import DropShares, drop_shares
+
+
+def _key(default: Any, text: str) -> Any:
+    """Declare one key: its default and the line that `--help` and the README print."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def _require(holds: bool, name: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ListingConfig:
+    """Which objects are the corpus."""
+
+    extensions: list[str] = _key(
+        [".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".wmv", ".flv"],
+        "file endings taken from a prefix; a manifest names its videos itself",
+    )
+    hash_content: bool = _key(False, "key local files by their content instead of size and mtime")
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """What is sampled from a video."""
+
+    fps: float = _key(2.0, "frames sampled a second")
+    max_frames: int = _key(256, "frames a video at most; a longer one is sampled more sparsely")
+    min_pixels: int = _key(128 * 28 * 28, "a frame is enlarged to at least this many pixels")
+    max_pixels: int = _key(256 * 28 * 28, "a frame is shrunk to at most this many pixels")
+    max_audio_s: float = _key(300.0, "seconds of sound used; the published processor takes 300")
+    timestamps: str = _key(
+        "true", "true: seconds as they are; nominal: the reference's fixed 2 frames a second"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values no video could be sampled with."""
+        _require(self.fps > 0, "media.fps", "positive", self.fps)
+        _require(
+            self.max_frames >= 2 and self.max_frames % 2 == 0,
+            "media.max_frames",
+            "an even number, at least 2",
+            self.max_frames,
+        )
+        _require(self.min_pixels >= 28 * 28, "media.min_pixels", "at least 784", self.min_pixels)
+        _require(
+            self.max_pixels >= self.min_pixels,
+            "media.max_pixels",
+            f"at least media.min_pixels ({self.min_pixels})",
+            self.max_pixels,
+        )
+        _require(
+            0 < self.max_audio_s <= 300, "media.max_audio_s", "in (0, 300]", self.max_audio_s
+        )
+        _require(
+            self.timestamps in ("true", "nominal"),
+            "media.timestamps",
+            "'true' or 'nominal'",
+            self.timestamps,
+        )
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Limits of the child process that decodes."""
+
+    deadline_s: float = _key(600.0, "seconds one video may take; then error_type decode_timeout")
+    memory_limit_bytes: int = _key(4 << 30, "address space of the child beyond its start")
+    max_size_bytes: int = _key(16 << 30, "larger objects are refused as too_large")
+    max_source_pixels: int = _key(8192 * 4608, "larger frames are refused as too_large")
+    temp_dir: str = _key("", "where downloads lie while they are decoded; empty: the system's")
+
+    def __post_init__(self) -> None:
+        """Refuse limits that let nothing through."""
+        for name in ("deadline_s", "memory_limit_bytes", "max_size_bytes", "max_source_pixels"):
+            value = getattr(self, name)
+            _require(value > 0, f"decode.{name}", "positive", value)
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """How much of the audio-video prompt is kept."""
+
+    retain: float = _key(0.25, "share of the audio and video tokens kept, in (0, 1]")
+    video_drop: float | None = _key(None, "share of the video tokens removed; overrides retain")
+    audio_drop: float | None = _key(None, "share of the audio tokens removed; overrides retain")
+    selector: str = _key("", "safetensors file of selector weights; empty: the model's own")
+    require_selector: bool = _key(False, "refuse to run when the model has no trained selector")
+
+    def __post_init__(self) -> None:
+        """Refuse shares outside their range."""
+        _require(0 < self.retain <= 1, "compression.retain", "in (0, 1]", self.retain)
+        for name in ("video_drop", "audio_drop"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value <= 1, f"compression.{name}", "in [0, 1] or null", value
+            )
+
+    @property
+    def shares(self) -> DropShares:
+        """Return the drop shares in force."""
+        nominal = drop_shares(self.retain)
+        return DropShares(
+            video=nominal.video if self.video_drop is None else self.video_drop,
+            audio=nominal.audio if self.audio_drop is None else self.audio_drop,
+        )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where the kept tokens lie."""
+
+    path: str = _key("", "prefix of the token cache; empty: <output>/cache")
+    codec: str = _key("auto", "auto: as the model computes (bfloat16 on GPU, float32 on CPU)")
+    videos_per_file: int = _key(4, "videos written in one file, so lost work when a job is killed")
+
+    def __post_init__(self) -> None:
+        """Refuse codecs that do not exist."""
+        _require(
+            self.codec in ("auto", "bfloat16", "float32"),
+            "cache.codec",
+            "auto, bfloat16 or float32",
+            self.codec,
+        )
+        _require(
+            self.videos_per_file >= 1, "cache.videos_per_file", "at least 1", self.videos_per_file
+        )
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """The question asked of each video, and how it is answered."""
+
+    prompt: str = _key(
+        "Describe the video in detail, including what is seen and what is heard.",
+        "the question, where the manifest has no prompt of its own",
+    )
+    system_prompt: str = _key(
+        "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of "
+        "perceiving auditory and visual inputs, as well as generating text and speech.",
+        "the system turn before the video",
+    )
+    max_new_tokens: int = _key(128, "tokens an answer may have")
+    batch_videos: int = _key(4, "videos answered together")
+
+    def __post_init__(self) -> None:
+        """Refuse an empty question and batches of none."""
+        _require(bool(self.prompt.strip()), "answer.prompt", "not empty", self.prompt)
+        _require(
+            self.max_new_tokens >= 1, "answer.max_new_tokens", "at least 1", self.max_new_tokens
+        )
+        _require(self.batch_videos >= 1, "answer.batch_videos", "at least 1", self.batch_videos)
+
+
+@dataclass(frozen=True)
+class PoolsConfig:
+    """Actors of each stage and what one of them takes; 0 actors: as many as the cluster holds."""
+
+    decode_actors: int = _key(0, "decoding actors; 0: three quarters of the CPUs")
+    decode_cpus: float = _key(1.0, "CPUs of a decoding actor")
+    compress_actors: int = _key(0, "compressing actors; 0: one a GPU, or one without GPUs")
+    compress_cpus: float = _key(0.25, "CPUs of a compressing actor")
+    compress_gpus: float = _key(-1.0, "GPUs of a compressing actor; -1: half of one if there is any")
+    answer_actors: int = _key(0, "answering actors; 0: one a GPU, or one without GPUs")
+    answer_cpus: float = _key(0.25, "CPUs of an answering actor")
+    answer_gpus: float = _key(-1.0, "GPUs of an answering actor; -1: half of one if there is any")
+    cache_actors: int = _key(0, "actors that write or read the cache; 0: one for each compressor")
+    cache_cpus: float = _key(0.1, "CPUs of a cache actor")
+
+    def __post_init__(self) -> None:
+        """Refuse pools that could never start."""
+        for stage in ("decode", "compress", "answer", "cache"):
+            actors = getattr(self, f"{stage}_actors")
+            cpus = getattr(self, f"{stage}_cpus")
+            _require(actors >= 0, f"pools.{stage}_actors", "0 or more", actors)
+            _require(cpus > 0, f"pools.{stage}_cpus", "positive", cpus)
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """How the object store is reached. Credentials come from the environment, as boto3 finds them."""
+
+    endpoint_url: str = _key("", "S3 endpoint; empty: AWS_ENDPOINT_URL or Amazon's own")
+    attempts: int = _key(6, "tries of one request before its video fails")
+    timeout_s: float = _key(30.0, "seconds without a byte before a try is given up")
+
+    def __post_init__(self) -> None:
+        """Refuse to try never."""
+        _require(self.attempts >= 1, "storage.attempts", "at least 1", self.attempts)
+        _require(self.timeout_s > 0, "storage.timeout_s", "positive", self.timeout_s)
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """Everything `jobs/caption_corpus.py` is told."""
+
+    source: str = _key("", "s3:// or local prefix of videos, or a .parquet, .csv, .jsonl manifest")
+    output: str = _key("", "s3:// or local prefix for answers, report and (by default) the cache")
+    model: str = _key("Qwen/Qwen2.5-Omni-7B", "folder or hub id of a Qwen2.5-Omni checkpoint")
+    revision: str = _key("main", "revision of a hub id")
+    seed: int = _key(0, "seed of an untrained selector; nothing else here is random")
+    listing: ListingConfig = _key(ListingConfig(), "")
+    media: MediaConfig = _key(MediaConfig(), "")
+    decode: DecodeConfig = _key(DecodeConfig(), "")
+    compression: CompressionConfig = _key(CompressionConfig(), "")
+    cache: CacheConfig = _key(CacheConfig(), "")
+    answer: AnswerConfig = _key(AnswerConfig(), "")
+    pools: PoolsConfig = _key(PoolsConfig(), "")
+    storage: StorageConfig = _key(StorageConfig(), "")
+
+    def __post_init__(self) -> None:
+        """Refuse a job without a corpus or a place for its answers."""
+        _require(bool(self.source), "source", "a prefix or a manifest", self.source)
+        _require(bool(self.output), "output", "a prefix to write to", self.output)
+        _require(bool(self.model), "model", "a folder or a hub id", self.model)
+
+    @property
+    def cache_root(self) -> str:
+        """Return the prefix of the token cache, without a slash at its end."""
+        return (self.cache.path or f"{self.output.rstrip('/')}/cache").rstrip("/")

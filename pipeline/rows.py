@@ -1,0 +1,170 @@
+"""The column contract: which columns a row has at each point of the flow, and who writes them.
+
+One row is one video from `source` to `answer`; the sink unfolds it to one row a prompt.
+All types are plain Arrow, so that DuckDB, Polars and pandas read every file the pipeline writes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+PROMPT = pa.struct([("prompt_id", pa.string()), ("prompt", pa.string())])
+
+# source: which video, which questions. A row with an `error_type` has failed and is passed on
+# untouched by every later stage, so that rows out = rows in.
+IDENTITY = pa.schema(
+    [
+        ("video_key", pa.string()),
+        ("uri", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.string()),  # "" for local files
+        ("prompts", pa.list_(PROMPT)),
+        ("attempts", pa.int32()),  # this run included
+        ("error_stage", pa.string()),
+        ("error_type", pa.string()),
+        ("error_message", pa.string()),
+    ]
+)
+
+# Seconds each stage spent on the row: the report is a recount of them.
+_MEASURES = [
+    ("decode_s", pa.float64()),
+    ("compress_s", pa.float64()),
+    ("cache_s", pa.float64()),
+    ("answer_s", pa.float64()),
+    ("cache_hit", pa.bool_()),
+]
+
+_VIDEO = [
+    ("duration_s", pa.float64()),
+    ("fps", pa.float64()),  # sampled frames a second, true, also below media.fps
+    ("has_audio", pa.bool_()),
+]
+
+# decode: what the towers read. Null in a failed row.
+DECODED = pa.schema(
+    [
+        *IDENTITY,
+        *_VIDEO,
+        ("frames", pa.large_binary()),  # uint8, C order
+        ("frames_shape", pa.list_(pa.int32())),  # [T, H, W, 3], T even, H and W multiples of 28
+        ("audio", pa.large_binary()),  # float32 mono at 16 kHz; empty when has_audio is false
+        *_MEASURES,
+    ]
+)
+
+_TOKENS = [
+    ("tokens", pa.large_binary()),  # little endian, see token_dtype
+    ("token_dtype", pa.string()),  # "bfloat16" (its uint16 bytes) or "float32"
+    ("token_shape", pa.list_(pa.int32())),  # [n, D]
+    ("positions", pa.list_(pa.list_(pa.int32()))),  # [3, n], relative to the block's start
+    ("modality", pa.list_(pa.uint8())),  # [n], omnisift.layout.Modality
+    ("next_position", pa.int32()),  # where the text behind the block continues, relative
+    ("kept_index", pa.list_(pa.int32())),  # [n], index in the uncompressed block
+    ("num_video_tokens", pa.int32()),
+    ("num_audio_tokens", pa.int32()),
+    ("kept_video_tokens", pa.int32()),
+    ("kept_audio_tokens", pa.int32()),
+]
+
+# compress: the kept tokens. Null in a failed row.
+KEPT = pa.schema([*IDENTITY, *_VIDEO, *_TOKENS, *_MEASURES])
+
+# cache: what lies in <cache>/<fingerprint>/part-*.parquet.
+CACHED = pa.schema(
+    [
+        ("video_key", pa.string()),
+        ("uri", pa.string()),
+        *_VIDEO,
+        *_TOKENS,
+        ("sha256", pa.string()),  # over tokens, positions, modality, next_position, kept_index
+        ("run_id", pa.string()),
+        ("created_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+
+ANSWER = pa.struct(
+    [
+        ("prompt_id", pa.string()),
+        ("text", pa.string()),
+        ("num_prompt_tokens", pa.int32()),
+        ("num_output_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("error_type", pa.string()),  # of this prompt alone; null when answered
+        ("error_message", pa.string()),
+    ]
+)
+
+# answer: one answer a prompt, in the order of `prompts`; the tokens end here.
+_COUNTS = [column for column in _TOKENS if column[0].endswith("_tokens")]
+ANSWERED = pa.schema([*IDENTITY, *_VIDEO, *_COUNTS, ("answers", pa.list_(ANSWER)), *_MEASURES])
+
+# sink: what readers see, one row for each (video_key, prompt_id).
+ANSWERS = pa.schema(
+    [
+        ("video_key", pa.string()),
+        ("uri", pa.string()),
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("text", pa.string()),
+        ("status", pa.string()),  # "ok" or "failed"
+        ("error_stage", pa.string()),
+        ("error_type", pa.string()),
+        ("error_message", pa.string()),
+        ("attempts", pa.int32()),
+        ("num_prompt_tokens", pa.int32()),
+        ("num_output_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("model", pa.string()),
+        ("fingerprint", pa.string()),
+        ("run_id", pa.string()),
+        ("created_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+
+# sink: one row a video beside the answers; the report recounts these.
+VIDEOS = pa.schema(
+    [
+        ("video_key", pa.string()),
+        ("uri", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("error_stage", pa.string()),
+        ("error_type", pa.string()),
+        *_VIDEO,
+        *_COUNTS,
+        *_MEASURES,
+        ("num_prompts", pa.int32()),
+        ("num_failed_prompts", pa.int32()),
+        ("run_id", pa.string()),
+    ]
+)
+
+
+def iterate(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a block as dicts; large binaries stay zero-copy buffers (`pa.Buffer`)."""
+    columns = {
+        name: table.column(name).combine_chunks() if table.num_rows else table.column(name)
+        for name in table.column_names
+    }
+    for index in range(table.num_rows):
+        row = {}
+        for name, column in columns.items():
+            scalar = column[index]
+            large = pa.types.is_large_binary(scalar.type)
+            row[name] = scalar.as_buffer() if large and scalar.is_valid else scalar.as_py()
+        yield row
+
+
+def build(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Make a block of `schema` from rows; columns a row lacks are null, others are left out."""
+    return pa.table(
+        [pa.array([row.get(field.name) for row in rows], type=field.type) for field in schema],
+        schema=schema,
+    )
+
+
+def failed(row: Mapping[str, Any], stage: str, error_type: str, message: str) -> dict[str, Any]:
+    """Return `row` as a failed one. `error_type` is a stable word, `message` names the video."""
+    return {**row, "error_stage": stage, "error_type": error_type, "error_message": message}
