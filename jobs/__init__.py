@@ -1,0 +1,1 @@
+"""Commands: each file reads its configuration, runs a plan and prints what came of it."""
