@@ -1,0 +1,249 @@
+"""The store of answers: `<output>/<run_id>/`, its commit marker, and what readers see of it.
+
+A run is visible when `_COMMITTED`, its list of files, lies in its folder; it is written last. The
+files of a run that was killed are complete but in no list: the next run adopts them in its own.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import key_index, rows
+from pipeline.errors import StartupError
+from pipeline.keys import plain
+from pipeline.storage import Storage, StorageError, join
+
+log = logging.getLogger(__name__)
+
+COMMITTED = "_COMMITTED"
+
+_READERS = 32  # files read at the same time: the wait is for the object store
+_UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What `_COMMITTED` holds, as JSON. `files` are relative to the run's folder."""
+
+    run_id: str
+    files: list[str]  # "../<run_id>/<name>": adopted from a run that was killed
+    num_answers: int  # rows in `files`, before readers drop the superseded ones
+    num_videos: int
+    created_at: str
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """The answers-*.parquet and videos-*.parquet files of an output, by uri, sorted."""
+
+    committed: tuple[str, ...]
+    orphans: tuple[str, ...]  # in no run's list: of a run that was killed, or still goes on
+
+
+def find_files(output: str, storage: Storage) -> OutputFiles:
+    """List the files of all runs; an output that does not exist yet has none.
+
+    Raises StartupError when the output cannot be listed.
+    """
+    output = plain(output)
+    found: set[str] = set()
+    listed: set[str] = set()
+    try:
+        for info in storage.list(output, suffixes=(".parquet", COMMITTED.lower())):
+            run_id, _, name = info.uri[len(output) + 1 :].partition("/")
+            if name == COMMITTED:
+                commit = Commit(**json.loads(storage.read(info.uri)))
+                listed.update(_resolve(output, run_id, file) for file in commit.files)
+            elif "/" not in name and name.startswith(("answers-", "videos-")):
+                found.add(info.uri)
+    except StorageError as error:
+        if error.error_type != "not_found":
+            raise StartupError(f"output={output}: it cannot be read: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise StartupError(f"output={output}: the marker {info.uri} is broken: {error}") from error
+    return OutputFiles(tuple(sorted(listed)), tuple(sorted(found - listed)))
+
+
+def _resolve(output: str, run_id: str, file: str) -> str:
+    adopted = file.startswith("../")
+    return join(output, file[3:]) if adopted else join(output, run_id, file)
+
+
+def commit(storage: Storage, output: str, run_id: str, orphans: Sequence[str] = ()) -> Commit:
+    """Make the run's files and the adopted `orphans` visible, at once and for good."""
+    output = plain(output)
+    folder = join(output, run_id)
+    own = find_run_files(storage, folder)
+    files = [*own, *(uri for uri in orphans if uri not in own)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        lengths = dict(
+            zip(files, pool.map(lambda uri: _num_rows(storage, uri), files), strict=True)
+        )
+    answers = [uri for uri in files if _is_answers(uri)]
+    done = Commit(
+        run_id=run_id,
+        files=[
+            uri[len(folder) + 1 :] if uri in own else f"../{uri[len(output) + 1 :]}"
+            for uri in files
+        ],
+        num_answers=sum(lengths[uri] for uri in answers),
+        num_videos=sum(lengths.values()) - sum(lengths[uri] for uri in answers),
+        created_at=datetime.now(UTC).isoformat(),
+    )
+    storage.write(join(folder, COMMITTED), (json.dumps(asdict(done), indent=2) + "\n").encode())
+    return done
+
+
+def find_run_files(storage: Storage, folder: str) -> list[str]:
+    """Return the answers and videos files that a run wrote itself; none if it wrote nothing."""
+    folder = plain(folder)
+    try:
+        uris = [info.uri for info in storage.list(folder, suffixes=(".parquet",))]
+    except StorageError as error:
+        if error.error_type != "not_found":
+            raise
+        return []
+    prefixes = (join(folder, "answers-"), join(folder, "videos-"))
+    return [uri for uri in uris if uri.startswith(prefixes)]
+
+
+def _is_answers(uri: str) -> bool:
+    return uri.rpartition("/")[2].startswith("answers-")
+
+
+def _num_rows(storage: Storage, uri: str) -> int:
+    with storage.open(uri) as file:
+        return int(pq.read_metadata(pa.PythonFile(file, mode="r")).num_rows)
+
+
+def read_table(storage: Storage, uri: str, columns: Sequence[str]) -> pa.Table:
+    """Read columns of one Parquet file."""
+    with storage.open(uri) as file:
+        return pq.read_table(pa.PythonFile(file, mode="r"), columns=list(columns))
+
+
+def read_answers(output: str, storage: Storage, *, committed_only: bool = True) -> pa.Table:
+    """Return what readers see: one row of rows.ANSWERS for each (video_key, prompt_id).
+
+    An answer beats a failure, then the latest row wins. When an object has changed, its newer key
+    supersedes the older ones of the same uri; an object that could not be found or named (a
+    failure of `source`) supersedes nothing. With `committed_only=False` also rows of runs that
+    were killed or still go on.
+    """
+    files = find_files(output, storage)
+    uris = [*files.committed, *(() if committed_only else files.orphans)]
+    uris = [uri for uri in uris if _is_answers(uri)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        tables = pool.map(lambda uri: read_table(storage, uri, rows.ANSWERS.names), uris)
+        table = pa.concat_tables([rows.ANSWERS.empty_table(), *tables])
+    return _latest(_current(table))
+
+
+def _latest(table: pa.Table) -> pa.Table:
+    """Keep one row of each (video_key, prompt_id): the best in the order failed, ok; old, new."""
+    ok = pc.equal(table.column("status"), "ok")
+    return _last(table, ["video_key", "prompt_id"], first=ok)
+
+
+def _current(table: pa.Table) -> pa.Table:
+    """Keep the rows whose key is the newest of their uri."""
+    probed = pc.fill_null(pc.not_equal(table.column("error_stage"), "source"), True)
+    newest = _last(table, ["uri"], first=probed)
+    key_of_uri = (
+        newest.column("video_key")
+        .combine_chunks()
+        .take(pc.index_in(table.column("uri"), newest.column("uri")).combine_chunks())
+    )
+    return table.filter(pc.equal(table.column("video_key"), key_of_uri))
+
+
+def _last(table: pa.Table, group: list[str], *, first: pa.ChunkedArray) -> pa.Table:
+    """Keep the last row of each group, ordered by `first`, created_at, and place in the table."""
+    place = pa.array(np.arange(table.num_rows))
+    order = pc.sort_indices(
+        pa.table([pc.cast(first, pa.int8()), table.column("created_at"), place], ["f", "c", "p"]),
+        sort_keys=[("f", "ascending"), ("c", "ascending"), ("p", "ascending")],
+    )
+    ranked = table.select(group).take(order).append_column("place", place)
+    last = ranked.group_by(group).aggregate([("place", "max")]).column("place_max")
+    return table.take(pa.array(np.sort(np.asarray(order)[np.asarray(last)])))
+
+
+def ask_key(video_key: str, prompt_id: str, prompt: str) -> bytes:
+    """Return the 32-byte key of a question: the same id with another text is another question."""
+    return hashlib.sha256(json.dumps([video_key, prompt_id, prompt]).encode()).digest()
+
+
+class AnswerIndex:
+    """Know what earlier runs have answered, killed ones included. 10^7 answers take 0.5 GB.
+
+    An answer counts for the same `fingerprint` (keys.answer_fingerprint: model, compression and
+    answer settings in one), video and prompt. A file that cannot be read is in `unreadable`: its
+    questions are asked again.
+    """
+
+    def __init__(self, storage: Storage, output: str, *, fingerprint: str) -> None:
+        """Read the columns that say so from all answers files of the output."""
+        files = find_files(output, storage)
+        self.unreadable: list[str] = []
+        asks: list[bytes] = []
+        self._attempts: dict[str, int] = {}
+        uris = [uri for uri in (*files.committed, *files.orphans) if _is_answers(uri)]
+        with ThreadPoolExecutor(_READERS) as pool:
+            read = pool.map(lambda uri: _read_done(storage, uri, fingerprint), uris)
+            for uri, done in zip(uris, read, strict=True):
+                if done is None:
+                    self.unreadable.append(uri)
+                    continue
+                asks.append(done[0])
+                for key, attempts in done[1]:
+                    self._attempts[key] = max(self._attempts.get(key, 0), attempts)
+        self._answered = key_index.KeyIndex(np.frombuffer(b"".join(asks), key_index.KEY))
+        self.orphans = [uri for uri in files.orphans if uri not in self.unreadable]
+
+    def __len__(self) -> int:
+        """Return the number of questions that have been answered."""
+        return len(self._answered)
+
+    def answered(self, asks: Sequence[tuple[str, str, str]]) -> npt.NDArray[np.bool_]:
+        """Say for each (video_key, prompt_id, prompt) whether it has been answered."""
+        digests = b"".join(ask_key(*ask) for ask in asks)
+        found = self._answered.find(np.frombuffer(digests, key_index.KEY))
+        return found >= 0
+
+    def attempts(self, video_keys: Sequence[str]) -> list[int]:
+        """Return how often each video has been tried and has failed."""
+        return [self._attempts.get(key, 0) for key in video_keys]
+
+
+_DONE = ("video_key", "prompt_id", "prompt", "status", "attempts", "fingerprint")
+
+
+def _read_done(
+    storage: Storage, uri: str, fingerprint: str
+) -> tuple[bytes, list[tuple[str, int]]] | None:
+    """Return the answered questions of a file as ask keys, end to end, and the failed attempts."""
+    try:
+        table = read_table(storage, uri, _DONE).select(_DONE)
+    except (*_UNREADABLE, StorageError) as error:
+        log.warning("answers file %s cannot be read, it is left out: %s", uri, error)
+        return None
+    table = table.filter(pc.equal(table.column("fingerprint"), fingerprint))
+    answered, failed = [], []
+    columns = [table.column(name).to_pylist() for name in _DONE[:-1]]
+    for key, prompt_id, prompt, status, attempts in zip(*columns, strict=True):
+        if status == "ok":
+            answered.append(ask_key(key, prompt_id, prompt))
+        else:
+            failed.append((key, attempts))
+    return b"".join(answered), failed

@@ -1,0 +1,5 @@
+"""Errors a user can mend before a job starts."""
+
+
+class StartupError(Exception):
+    """Say in one message which setting is wrong, what was found, and what to do."""

@@ -1,0 +1,92 @@
+"""Names made of content: video keys, prompt ids, fingerprints and run ids.
+
+Every file of a cache or an output is found again by these, so a change here orphans what was paid
+for: the golden test fixes each of them.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from pipeline.config import AnswerConfig
+from pipeline.storage import S3, ObjectInfo
+
+Ingredient = str | int | float | bool
+
+
+def _digest(*parts: Ingredient) -> str:
+    # JSON keeps ("ab", "c") and ("a", "bc") apart, and is ASCII whatever bytes a file name holds.
+    return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest()
+
+
+def without_credentials(uri: str) -> str:
+    """Return an S3 uri without the `user:secret@` that may stand before the bucket."""
+    if not uri.startswith(S3):
+        return uri
+    bucket, slash, key = uri[len(S3) :].partition("/")
+    return f"{S3}{bucket.rpartition('@')[2]}{slash}{key}"
+
+
+def plain(uri: str) -> str:
+    """Return a uri as listings spell it: no slash at its end, no credentials, no file://."""
+    if uri.startswith(S3):
+        return without_credentials(uri).rstrip("/")
+    return os.path.normpath(uri.removeprefix("file://"))
+
+
+def video_key(info: ObjectInfo, *, root: str, content_sha256: str | None = None) -> str:
+    """Return the sha256 (64 hex digits) of a video's content identity.
+
+    S3: uri without credentials, etag, size. Local: path relative to `root`, size, mtime. With
+    `content_sha256` the content alone, so that a copy or a moved file is the same video.
+    """
+    if content_sha256 is not None:
+        return _digest("content", content_sha256)
+    if info.uri.startswith(S3):
+        return _digest("s3", without_credentials(info.uri), info.etag.strip('"'), info.size_bytes)
+    path = os.path.relpath(plain(info.uri), plain(root))
+    return _digest("local", path, info.size_bytes, info.mtime_ns)
+
+
+def missing_key(uri: str) -> str:
+    """Return the key of an object that could not be probed, or of a broken manifest line."""
+    return _digest("missing", without_credentials(uri))
+
+
+def prompt_id(prompt: str) -> str:
+    """Return the id of a prompt that the manifest does not name: 16 hex digits of its sha256."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def fingerprint(ingredients: Mapping[str, Ingredient]) -> str:
+    """Return the sha256 of everything that changes a result; the order of names is irrelevant.
+
+    Raises ValueError for NaN and infinity, which have no canonical JSON.
+    """
+    canonical = json.dumps(
+        dict(ingredients), sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def answer_fingerprint(cache_fingerprint: str, answer: AnswerConfig) -> str:
+    """Return what ANSWERS.fingerprint holds: kept tokens and answer settings in one hash.
+
+    `cache_fingerprint` covers model, revision and compression. The prompt is not in it, since an
+    answer is found by its own prompt; nor is batch_videos, which does not change a text.
+    """
+    return fingerprint(
+        {
+            "cache": cache_fingerprint,
+            "system_prompt": answer.system_prompt,
+            "max_new_tokens": answer.max_new_tokens,
+        }
+    )
+
+
+def new_run_id() -> str:
+    """Return a name for a run; the names of later runs sort behind."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"

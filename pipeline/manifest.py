@@ -1,0 +1,205 @@
+"""Read a manifest: which videos, which prompts. Parquet, CSV or JSONL with a `uri` column.
+
+A manifest is held as Arrow columns, never as a Python object a row, since it may name 10^8 videos.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import StartupError
+from pipeline.keys import plain, without_credentials
+from pipeline.storage import S3, Storage, StorageError, join
+
+SUFFIXES = (".parquet", ".csv", ".jsonl")
+
+# Large strings: the offsets of plain ones end at 2 GB, which sorting 10^7 uris would pass.
+ASKS = pa.schema(
+    [
+        ("uri", pa.large_string()),
+        ("prompt_id", pa.large_string()),  # null: the manifest names none
+        ("prompt", pa.large_string()),  # null: the configured prompt
+        ("line", pa.int64()),
+    ]
+)
+
+_COLUMNS = ("uri", "prompt_id", "prompt")
+_BATCH = 65_536  # lines
+_BUFFER_BYTES = 8 << 20  # each refill is a request
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True)
+class BrokenLine:
+    """A line that asks for nothing that can be done."""
+
+    uri: str  # "<manifest>#line N", since the line itself may name no video
+    message: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest asks for, sorted by uri, then line; and its broken lines."""
+
+    asks: pa.Table
+    broken: list[BrokenLine]
+
+
+def is_manifest(source: str) -> bool:
+    """Say whether `source` names a manifest and not a prefix."""
+    return source.lower().endswith(SUFFIXES)
+
+
+def folder_of(manifest: str) -> str:
+    """Return the folder that relative uris of a manifest, and its keys, start from."""
+    return manifest.rpartition("/")[0] or "."
+
+
+def broken_line(manifest: str, line: int, message: str) -> BrokenLine:
+    """Name a line by number, from 1 (in Parquet: row N, from 1)."""
+    place = "row" if manifest.lower().endswith(".parquet") else "line"
+    uri = f"{manifest}#{place} {line}"
+    return BrokenLine(uri, f"{uri}: {message}")
+
+
+def read_manifest(storage: Storage, manifest: str) -> Manifest:
+    """Read the whole manifest; uris in it that are relative get its folder in front.
+
+    Raises StartupError when it cannot be read at all or has no `uri`.
+    """
+    read = {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl}[manifest.rpartition(".")[2].lower()]
+    folder = folder_of(manifest)
+    batches, broken = [ASKS.empty_table()], []
+    try:
+        with storage.open(manifest) as file:
+            lines = read(file)
+            while batch := list(islice(lines, _BATCH)):
+                asks = []
+                for line, record in batch:
+                    ask = _ask(record, folder)
+                    if isinstance(ask, str):
+                        broken.append(broken_line(manifest, line, ask))
+                    else:
+                        asks.append({**ask, "line": line})
+                batches.append(pa.Table.from_pylist(asks, ASKS))
+    except StorageError as error:
+        raise StartupError(f"source={manifest}: the manifest cannot be read: {error}") from error
+    except (OSError, pa.ArrowException, csv.Error, _UnusableError) as error:
+        raise StartupError(
+            f"source={manifest}: the manifest cannot be read: {error}; it must be a .parquet, "
+            ".csv or .jsonl file with a column uri, and may have prompt and prompt_id"
+        ) from error
+    asks_table = pa.concat_tables(batches).sort_by([("uri", "ascending"), ("line", "ascending")])
+    return Manifest(asks_table, broken)
+
+
+class _UnusableError(Exception):
+    """The manifest as a whole is not what it must be."""
+
+
+# A line is its number and either its columns or what is wrong with it.
+_Line = tuple[int, Mapping[str, Any] | str]
+
+
+def _parquet(file: Any) -> Iterator[_Line]:
+    part = pq.ParquetFile(pa.PythonFile(file, mode="r"))
+    schema = part.schema_arrow
+    names = [name for name in _COLUMNS if name in schema.names]
+    if "uri" not in names:
+        raise _UnusableError(f"it has no column uri, only {', '.join(schema.names)}")
+    for name in names:
+        kind = schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(
+            test(kind)
+            for test in (
+                pa.types.is_string,
+                pa.types.is_large_string,
+                pa.types.is_string_view,
+                pa.types.is_null,
+            )
+        ):
+            raise _UnusableError(f"its column {name} is {kind}, not a string")
+    line = 0
+    for batch in part.iter_batches(batch_size=_BATCH, columns=names):
+        for record in batch.to_pylist():
+            line += 1
+            yield line, record
+
+
+def _csv(file: Any) -> Iterator[_Line]:
+    # Bytes that are not UTF-8 become lone surrogates, and so fail their own line alone.
+    buffered = io.BufferedReader(file, _BUFFER_BYTES)
+    text = io.TextIOWrapper(buffered, "utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text)
+    header = next(reader, [])
+    if "uri" not in header:
+        raise _UnusableError(f"its first line has no column uri: {','.join(header)[:200]!r}")
+    for values in reader:
+        if not values:
+            continue  # an empty line
+        if len(values) == len(header):
+            yield reader.line_num, dict(zip(header, values, strict=True))
+        else:
+            yield reader.line_num, f"it has {len(values)} columns, the header {len(header)}"
+
+
+def _jsonl(file: Any) -> Iterator[_Line]:
+    for number, line in enumerate(io.BufferedReader(file, _BUFFER_BYTES), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, f"it is not JSON: {error}"
+            continue
+        yield number, record if isinstance(record, dict) else "it is not a JSON object"
+
+
+def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] | str:
+    """Return the three columns of a line, or what is wrong with it."""
+    if isinstance(record, str):
+        return record
+    ask: dict[str, str | None] = {}
+    for name in _COLUMNS:
+        value = record.get(name)
+        if value is not None and not isinstance(value, str):
+            return f"{name} is {value!r:.60}, not a string"
+        if value is not None and not _is_text(value):
+            return f"{name} is not UTF-8"
+        ask[name] = value if value and value.strip() else None
+    uri = ask["uri"]
+    if uri is None:
+        return "it has no uri"
+    if uri != without_credentials(uri):
+        return "its uri holds credentials; give them in the environment"
+    scheme = _SCHEME.match(uri)
+    if scheme and not uri.startswith((S3, "file://")):
+        return f"its uri starts with {scheme[0]}; s3:// and local paths are read"
+    ask["uri"] = plain(uri) if scheme else _relative(uri, folder)
+    return ask
+
+
+def _relative(path: str, folder: str) -> str:
+    if path.startswith("/"):
+        return plain(path)
+    if folder.startswith(S3):
+        return join(folder, path)
+    # One spelling for one file, so that a/../b.mp4 and b.mp4 are one video.
+    return plain(f"{folder}/{path}")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value

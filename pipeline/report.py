@@ -1,0 +1,270 @@
+"""The closing report of a run: a recount of the files it wrote, as text and as report.json."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import rows
+from pipeline.answers import find_run_files, read_table
+from pipeline.keys import plain
+from pipeline.stages.source import WorkCounts
+from pipeline.storage import Storage, join
+
+STAGES = ("decode", "compress", "cache", "answer")
+
+_MAX_EXAMPLES = 10
+_MAX_SEARCHED = 100_000  # failures among which the examples are picked
+_ANSWERS = pa.schema(
+    rows.ANSWERS.field(name)
+    for name in ("video_key", "uri", "prompt_id", "status", "error_type", "error_message")
+)
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did. Busy seconds are added up over its actors, so they may exceed the wall."""
+
+    stage: str
+    videos: int
+    video_s: float  # duration of these videos
+    busy_s: float
+    actors: int
+    busy_s_per_actor: float
+    videos_per_s: float  # with all actors busy
+    video_s_per_s: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """A failure as it is shown."""
+
+    uri: str
+    error_type: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The content of report.json."""
+
+    run_id: str
+    output: str
+    wall_s: float
+    source: WorkCounts
+    videos: int  # of this run
+    videos_ok: int
+    videos_failed: int
+    failed_by_type: dict[str, int]  # videos, and prompts of videos that did not fail themselves
+    answers_ok: int
+    answers_failed: int
+    cache_hits: int
+    tokens_before: int
+    tokens_after: int
+    retained: float  # share of the tokens kept; 0 when there were none
+    video_s: float
+    stages: list[StageReport]
+    warnings: list[str]
+    examples: list[Example]
+    see_failures: str  # a command
+
+
+def make_report(
+    storage: Storage,
+    output: str,
+    run_id: str,
+    *,
+    counts: WorkCounts,
+    actors: Mapping[str, int],
+    wall_s: float,
+    warnings: Sequence[str] = (),
+) -> Report:
+    """Recount what the run wrote; `actors` says how many each of STAGES had.
+
+    Raises RuntimeError when a video or a prompt of the work list is in no file: that is a bug.
+    """
+    output = plain(output)
+    files = find_run_files(storage, join(output, run_id))
+    videos = _distinct(storage, files, "videos-", rows.VIDEOS, ["video_key"])
+    answers = _distinct(storage, files, "answers-", _ANSWERS, ["video_key", "prompt_id"])
+    _require_all("videos", counts.fresh + counts.cached + counts.failed, videos.num_rows, run_id)
+    _require_all("prompts", counts.prompts, answers.num_rows, run_id)
+    good = videos.filter(pc.is_null(videos.column("error_type")))
+    bad = answers.filter(pc.equal(answers.column("status"), "failed"))
+    before = _total(good, "num_video_tokens", "num_audio_tokens")
+    after = _total(good, "kept_video_tokens", "kept_audio_tokens")
+    return Report(
+        run_id=run_id,
+        output=output,
+        wall_s=wall_s,
+        source=counts,
+        videos=videos.num_rows,
+        videos_ok=good.num_rows,
+        videos_failed=videos.num_rows - good.num_rows,
+        failed_by_type=_by_type(videos, bad),
+        answers_ok=answers.num_rows - bad.num_rows,
+        answers_failed=bad.num_rows,
+        cache_hits=int(_total(good, "cache_hit")),
+        tokens_before=int(before),
+        tokens_after=int(after),
+        retained=after / before if before else 0.0,
+        video_s=_total(good, "duration_s"),
+        stages=[_stage(stage, videos, actors.get(stage, 1)) for stage in STAGES],
+        warnings=list(warnings),
+        examples=_examples(bad),
+        see_failures=f"python jobs/show_failures.py output={output} run={run_id}",
+    )
+
+
+def write_report(storage: Storage, report: Report) -> str:
+    """Write report.json beside the run's answers; return its uri."""
+    uri = join(report.output, report.run_id, "report.json")
+    text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
+    storage.write(uri, text.encode())
+    return uri
+
+
+def render(report: Report) -> str:
+    """Return the report as the text a person reads at the end of a job."""
+    source = report.source
+    lines = [
+        f"run {report.run_id} took {report.wall_s:.1f} s",
+        "",
+        f"videos named by the source   {source.videos:>10,}",
+        f"  answered by earlier runs   {source.answered:>10,}",
+        f"  done in this run           {report.videos_ok:>10,}",
+        f"    of them from the cache   {report.cache_hits:>10,}  (not decoded, not compressed)",
+        f"  failed in this run         {report.videos_failed:>10,}",
+        f"answers written              {report.answers_ok:>10,}",
+        f"answers already there        {source.prompts_answered:>10,}",
+    ]
+    if source.duplicates:
+        lines.append(f"asked more than once         {source.duplicates:>10,}  (answered once)")
+    if not report.videos:
+        lines += ["", "Nothing was left to do: no video was decoded, compressed or answered."]
+    if report.tokens_before:
+        lines += ["", _tokens(report)]
+    lines += [*_speed(report), *_failures(report)]
+    lines += ["", *(f"warning: {warning}" for warning in report.warnings)]
+    lines.append(f"answers and report.json: {join(report.output, report.run_id)}")
+    return "\n".join(lines)
+
+
+def _tokens(report: Report) -> str:
+    return (
+        f"tokens {report.tokens_before:,} before, {report.tokens_after:,} after compression "
+        f"({report.retained:.1%} retained)"
+    )
+
+
+def _speed(report: Report) -> list[str]:
+    used = [stage for stage in report.stages if stage.videos]
+    if not used:
+        return []
+    lines = [
+        "",
+        "stage     videos   actors   busy s   busy s an actor   videos/s   seconds of video/s",
+    ]
+    lines += [
+        f"{stage.stage:<8}{stage.videos:>8,}{stage.actors:>9}{stage.busy_s:>9.1f}"
+        f"{stage.busy_s_per_actor:>18.1f}{stage.videos_per_s:>11.2f}{stage.video_s_per_s:>21.1f}"
+        for stage in used
+    ]
+    lines.append(
+        f"busy s is added up over a stage's actors, which worked side by side for "
+        f"{report.wall_s:.1f} s; the speeds are those of all its actors while busy."
+    )
+    if report.wall_s > 0:
+        lines.append(
+            f"all stages together: {report.videos_ok / report.wall_s:.2f} videos/s, "
+            f"{report.video_s / report.wall_s:.1f} seconds of video/s, start-up included"
+        )
+    return lines
+
+
+def _failures(report: Report) -> list[str]:
+    if not report.failed_by_type:
+        return []
+    lines = ["", "failures by error_type"]
+    lines += [f"  {count:>8,}  {name}" for name, count in report.failed_by_type.items()]
+    shown = len(report.examples)
+    lines.append(f"the first {shown}:" if shown > 1 else "it is:")
+    for example in report.examples:
+        lines += [f"  {example.error_type}: {example.uri}", f"    {example.message}"]
+    lines.append(f"all of them: {report.see_failures}")
+    return lines
+
+
+def _distinct(
+    storage: Storage, files: Sequence[str], kind: str, schema: pa.Schema, identity: list[str]
+) -> pa.Table:
+    """Return the rows of a kind of file, one for each identity: a repeated task wrote it again."""
+    own = [uri for uri in files if uri.rpartition("/")[2].startswith(kind)]
+    tables = [read_table(storage, uri, schema.names).cast(schema) for uri in own]
+    table = pa.concat_tables([schema.empty_table(), *tables])
+    place = pa.array(np.arange(table.num_rows))
+    placed = table.select(identity).append_column("place", place)
+    last = placed.group_by(identity).aggregate([("place", "max")]).column("place_max")
+    return table.take(pa.array(np.sort(np.asarray(last))))
+
+
+def _require_all(what: str, expected: int, found: int, run_id: str) -> None:
+    if found != expected:
+        raise RuntimeError(
+            f"run {run_id}: {expected} {what} went in, {found} came out; this is a bug, not bad "
+            "data. The answers that were written are kept; run the same command again for the rest"
+        )
+
+
+def _total(videos: pa.Table, *columns: str) -> float:
+    return sum(pc.sum(videos.column(column)).as_py() or 0 for column in columns)
+
+
+def _by_type(videos: pa.Table, bad: pa.Table) -> dict[str, int]:
+    """Count failed videos, and failed prompts of videos that were otherwise good, by error_type."""
+    failed = videos.filter(pc.is_valid(videos.column("error_type")))
+    alone = bad.filter(pc.invert(pc.is_in(bad.column("video_key"), failed.column("video_key"))))
+    counts: Counter[str] = Counter()
+    for table in (failed, alone):
+        for group in pc.value_counts(table.column("error_type")):
+            counts[group["values"].as_py()] += group["counts"].as_py()
+    return dict(counts.most_common())
+
+
+def _stage(stage: str, videos: pa.Table, actors: int) -> StageReport:
+    own = videos.filter(pc.is_valid(videos.column(f"{stage}_s")))
+    busy_s = _total(own, f"{stage}_s")
+    video_s = _total(own, "duration_s")
+    side_by_side_s = busy_s / actors
+    return StageReport(
+        stage=stage,
+        videos=own.num_rows,
+        video_s=video_s,
+        busy_s=busy_s,
+        actors=actors,
+        busy_s_per_actor=side_by_side_s,
+        videos_per_s=own.num_rows / side_by_side_s if side_by_side_s else 0.0,
+        video_s_per_s=video_s / side_by_side_s if side_by_side_s else 0.0,
+    )
+
+
+def _examples(bad: pa.Table) -> list[Example]:
+    # One a video, and different kinds first: ten of the same would hide the others.
+    first: dict[str, Mapping[str, Any]] = {}
+    for answer in bad.slice(0, _MAX_SEARCHED).to_pylist():
+        first.setdefault(answer["video_key"], answer)
+    rank: Counter[str] = Counter()
+    ranked = []
+    for answer in first.values():
+        ranked.append((rank[answer["error_type"]], answer))
+        rank[answer["error_type"]] += 1
+    ranked.sort(key=lambda pair: pair[0])
+    return [
+        Example(answer["uri"], answer["error_type"], answer["error_message"] or "")
+        for _, answer in ranked[:_MAX_EXAMPLES]
+    ]

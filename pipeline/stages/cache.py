@@ -1,0 +1,110 @@
+"""The cache: kept tokens become durable, or are read instead of being computed again."""
+
+import logging
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import rows, token_cache
+from pipeline.storage import Storage, StorageError
+
+log = logging.getLogger(__name__)
+
+
+class WriteCache:
+    """Make the kept tokens of a block durable, one file a block, before the rows move on.
+
+    Reads: the columns of rows.KEPT. Writes: cache_s, the row's share of the seconds; cache_hit.
+    A StorageError stops the job: without a cache each rerun would pay for the same tokens again.
+    """
+
+    def __init__(self, storage: Storage, folder: str, run_id: str) -> None:
+        """Take the cache's folder, `<cache>/<fingerprint>`."""
+        self._storage = storage
+        self._folder = folder
+        self._run_id = run_id
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Return the block; failed rows are not cached, and nothing is written for them alone."""
+        kept = [error is None for error in block.column("error_type").to_pylist()]
+        if not any(kept):
+            return block.select(rows.KEPT.names)
+        start = time.perf_counter()
+        whole = block if all(kept) else block.filter(pa.array(kept))
+        token_cache.write_part(self._storage, self._folder, self._run_id, whole)
+        cache_s = (time.perf_counter() - start) / sum(kept)
+        own = {
+            "cache_s": pa.array([cache_s if ok else None for ok in kept], pa.float64()),
+            "cache_hit": pa.array([False if ok else None for ok in kept], pa.bool_()),
+        }
+        columns = [own[name] if name in own else block.column(name) for name in rows.KEPT.names]
+        return pa.table(columns, schema=rows.KEPT)
+
+
+class ReadCache:
+    """Fetch the kept tokens of videos that an earlier run compressed.
+
+    Reads: cache_file, cache_row (see token_cache.HITS). Writes: the columns of rows.KEPT,
+    cache_hit, cache_s. Every row is verified. Cached and fresh rows meet only in front of `answer`,
+    so a damaged row cannot be decoded in the same run: it fails as cache_corrupt and leaves a
+    tombstone, and the next run, by the same command, computes it again. A file that cannot be
+    reached fails its rows with the storage's error_type and leaves none.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        """Take the storage; where the rows lie, each row says itself."""
+        self._storage = storage
+        self._part: tuple[str, pq.ParquetFile] | None = None  # rows come file by file
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Return one row of rows.KEPT for each row of token_cache.HITS."""
+        if not block.num_rows:
+            return rows.KEPT.empty_table()
+        return pa.concat_tables([self._row(row) for row in rows.iterate(block)])
+
+    def _row(self, row: dict[str, Any]) -> pa.Table:
+        if row["error_type"] is not None:
+            return rows.build([row], rows.KEPT)
+        file, place = row["cache_file"], row["cache_row"]
+        start = time.perf_counter()
+        try:
+            found = token_cache.read_row(self._open(file), place)
+            if found.column("video_key")[0].as_py() != row["video_key"]:
+                raise ValueError("the row is of another video")
+        except StorageError as error:
+            failed = rows.failed(row, "cache", error.error_type, str(error))
+            return rows.build([failed], rows.KEPT)
+        except token_cache.UNREADABLE as error:
+            message = (
+                f"{row['uri']}: its cached tokens in {file}, row {place}, are damaged ({error}); "
+                "run the same command again to compute them anew"
+            )
+            log.warning(message)
+            token_cache.bury(
+                self._storage, file, place, video_key=row["video_key"], reason=str(error)
+            )
+            return rows.build([rows.failed(row, "cache", "cache_corrupt", message)], rows.KEPT)
+        own = {
+            **{name: row[name] for name in rows.IDENTITY.names},
+            "cache_s": time.perf_counter() - start,
+            "cache_hit": True,
+        }
+        # Column by column, since rows.build would copy the tokens.
+        stored = set(found.column_names) - set(own)
+        columns = [
+            found.column(field.name)
+            if field.name in stored
+            else pa.array([own.get(field.name)], field.type)
+            for field in rows.KEPT
+        ]
+        return pa.table(columns, schema=rows.KEPT)
+
+    def _open(self, uri: str) -> pq.ParquetFile:
+        if self._part is None or self._part[0] != uri:
+            if self._part is not None:
+                self._part[1].close(force=True)
+                self._part = None
+            self._part = (uri, token_cache.open_part(self._storage, uri))
+        return self._part[1]

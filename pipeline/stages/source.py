@@ -1,0 +1,306 @@
+"""From `config.source` to the work list: which videos this run decodes, reads, or fails."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import keys, rows
+from pipeline.answers import AnswerIndex
+from pipeline.config import CaptionConfig
+from pipeline.errors import StartupError
+from pipeline.manifest import BrokenLine, broken_line, folder_of, is_manifest, read_manifest
+from pipeline.storage import S3, ObjectInfo, Storage, StorageError, join
+from pipeline.token_cache import HITS, CacheIndex
+
+_SCHEMAS = {"fresh": rows.IDENTITY, "cached": HITS, "failed": HITS}
+
+_PROBES = 64  # requests in flight: a probe is all latency
+_CHUNK = 8192  # videos probed and looked up together
+_PART = 50_000  # rows of one part file
+
+
+@dataclass(frozen=True)
+class WorkCounts:
+    """What became of everything the source names: videos = fresh + cached + failed + answered."""
+
+    videos: int = 0
+    fresh: int = 0  # to decode and compress
+    cached: int = 0  # tokens found in the cache
+    failed: int = 0  # no such object, forbidden, a broken line
+    answered: int = 0  # nothing left to ask
+    prompts: int = 0  # asked in this run, those of failed videos included
+    prompts_answered: int = 0  # by earlier runs
+    duplicates: int = 0  # asks named more than once, answered once
+    broken_lines: int = 0  # of the manifest; each is a failed video
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """The part files of each kind, and their counts. A kind without rows has no files."""
+
+    fresh: tuple[str, ...]
+    cached: tuple[str, ...]
+    failed: tuple[str, ...]
+    counts: WorkCounts
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A video the source names, before it is known to exist."""
+
+    uri: str
+    prompts: list[dict[str, str]]
+    info: ObjectInfo | None  # a listing tells it, a manifest does not
+
+
+def list_work(
+    config: CaptionConfig,
+    storage: Storage,
+    *,
+    done: AnswerIndex,
+    cached: CacheIndex,
+    folder: str,
+) -> WorkList:
+    """Write the work list of a run as Parquet parts under `folder`/work and return it.
+
+    fresh: rows.IDENTITY; cached and failed: HITS. Only prompts that `done` has not answered are in
+    it; a video without any is counted and left out. Raises StartupError, which names `source`, when
+    nothing can be listed or read there.
+    """
+    counts: Counter[str] = Counter()
+    if is_manifest(config.source):
+        candidates: Iterator[_Candidate | BrokenLine] = _named(config, storage, counts)
+        root = folder_of(config.source)
+    else:
+        candidates = _listed(config, storage)
+        root = config.source
+    videos = _probed(candidates, storage, root, config)
+    if config.listing.hash_content:
+        videos = iter(_merged(videos, counts))
+    folder = keys.plain(folder)
+    parts = {kind: _Parts(storage, folder, kind) for kind in _SCHEMAS}
+    while chunk := list(islice(videos, _CHUNK)):
+        for kind, row in _sorted_out(chunk, done, cached, counts):
+            counts.update({kind: 1, "prompts": len(row["prompts"])})
+            parts[kind].add(row)
+    counts["videos"] = sum(counts[kind] for kind in (*_SCHEMAS, "answered"))
+    files = {kind: parts[kind].close() for kind in _SCHEMAS}
+    return WorkList(**files, counts=WorkCounts(**counts))
+
+
+def _default_prompt(config: CaptionConfig) -> dict[str, str]:
+    prompt = config.answer.prompt
+    return {"prompt_id": keys.prompt_id(prompt), "prompt": prompt}
+
+
+def _listed(config: CaptionConfig, storage: Storage) -> Iterator[_Candidate]:
+    """Yield the videos of a prefix; the listing tells size and etag, so none is probed."""
+    endings = tuple(ending.lower() for ending in config.listing.extensions)
+    prompts = [_default_prompt(config)]
+    seen = taken = 0
+    try:
+        for info in storage.list(config.source):
+            seen += 1
+            if info.uri.lower().endswith(endings):
+                taken += 1
+                yield _Candidate(info.uri, prompts, info)
+    except StorageError as error:
+        raise StartupError(f"source={config.source}: it cannot be listed: {error}") from error
+    if not taken:
+        found = f"{seen} objects, but none ends in {', '.join(endings)}" if seen else "no object"
+        raise StartupError(
+            f"source={config.source}: there is {found}; name a prefix that holds videos, or set "
+            "listing.extensions"
+        )
+
+
+def _named(
+    config: CaptionConfig, storage: Storage, counts: Counter[str]
+) -> Iterator[_Candidate | BrokenLine]:
+    """Yield the videos of a manifest, each once with all its prompts; then its broken lines."""
+    manifest = read_manifest(storage, config.source)
+    default = _default_prompt(config)
+    broken = list(manifest.broken)
+    lines = (
+        line
+        for batch in manifest.asks.to_batches(max_chunksize=_CHUNK)
+        for line in batch.to_pylist()
+    )
+    for uri, asks in groupby(lines, key=lambda line: line["uri"]):
+        prompts: dict[str, str] = {}
+        for ask in asks:
+            prompt = default["prompt"] if ask["prompt"] is None else ask["prompt"]
+            name = ask["prompt_id"] or keys.prompt_id(prompt)
+            if prompts.setdefault(name, prompt) != prompt:
+                message = f"prompt_id {name} already stands for another prompt of {uri}"
+                broken.append(broken_line(config.source, ask["line"], message))
+            else:
+                counts["duplicates"] += 1
+        counts["duplicates"] -= len(prompts)
+        named = [{"prompt_id": name, "prompt": prompt} for name, prompt in prompts.items()]
+        yield _Candidate(uri, named, None)
+    if not manifest.asks.num_rows and not broken:
+        raise StartupError(f"source={config.source}: the manifest is empty; name videos in it")
+    counts["broken_lines"] = len(broken)
+    yield from broken
+
+
+def _probed(
+    candidates: Iterable[_Candidate | BrokenLine],
+    storage: Storage,
+    root: str,
+    config: CaptionConfig,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row of rows.IDENTITY for each candidate; one that cannot be probed has failed."""
+    candidates = iter(candidates)
+    probe = partial(
+        _probe,
+        storage=storage,
+        root=root,
+        hash_content=config.listing.hash_content,
+        default=_default_prompt(config),
+    )
+    with ThreadPoolExecutor(_PROBES) as pool:
+        while chunk := list(islice(candidates, _CHUNK)):
+            # A listing told everything: no thread has anything to wait for.
+            known = not config.listing.hash_content and all(
+                isinstance(candidate, BrokenLine) or candidate.info for candidate in chunk
+            )
+            yield from map(probe, chunk) if known else pool.map(probe, chunk)
+
+
+def _probe(
+    candidate: _Candidate | BrokenLine,
+    *,
+    storage: Storage,
+    root: str,
+    hash_content: bool,
+    default: dict[str, str],
+) -> dict[str, Any]:
+    if isinstance(candidate, BrokenLine):
+        uri, message = candidate.uri, candidate.message
+        return _failed(uri, [default], "bad_manifest_row", message)
+    uri = candidate.uri
+    if not _is_text(uri):  # a local file name may hold any bytes, a column only UTF-8
+        shown = uri.encode(errors="backslashreplace").decode()
+        return _failed(shown, candidate.prompts, "bad_name", f"{shown}: the name is not UTF-8")
+    try:
+        info = candidate.info or storage.stat(uri)
+        content = _sha256(storage, uri) if hash_content and not uri.startswith(S3) else None
+    except StorageError as error:
+        return _failed(uri, candidate.prompts, error.error_type, str(error))
+    return {
+        "video_key": keys.video_key(info, root=root, content_sha256=content),
+        "uri": uri,
+        "size_bytes": info.size_bytes,
+        "etag": info.etag,
+        "prompts": candidate.prompts,
+        "error_type": None,
+    }
+
+
+def _failed(
+    uri: str, prompts: list[dict[str, str]], error_type: str, message: str
+) -> dict[str, Any]:
+    row = {"video_key": keys.missing_key(uri), "uri": uri, "prompts": prompts}
+    return rows.failed(row, "source", error_type, message)
+
+
+def _is_text(uri: str) -> bool:
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _sha256(storage: Storage, uri: str) -> str:
+    sha = hashlib.sha256()
+    with storage.open(uri) as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _merged(videos: Iterable[dict[str, Any]], counts: Counter[str]) -> list[dict[str, Any]]:
+    """Return one row for each content. Only copies share a key, so only then is all held."""
+    merged: dict[str, dict[str, Any]] = {}
+    for video in videos:
+        first = merged.setdefault(video["video_key"], video)
+        if first is video:
+            continue
+        known = {prompt["prompt_id"]: prompt for prompt in first["prompts"]}
+        for prompt in video["prompts"]:
+            # The same name for two prompts: both stay, the later under the name of its text.
+            name = prompt["prompt_id"]
+            if known.get(name, prompt) != prompt:
+                name = keys.prompt_id(prompt["prompt"])
+            counts["duplicates"] += name in known
+            known.setdefault(name, {**prompt, "prompt_id": name})
+        merged[first["video_key"]] = {**first, "prompts": list(known.values())}
+    return list(merged.values())
+
+
+def _sorted_out(
+    chunk: Sequence[dict[str, Any]], done: AnswerIndex, cached: CacheIndex, counts: Counter[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the kind and the row of each video that has something left to be asked."""
+    asks = [
+        (video["video_key"], prompt["prompt_id"], prompt["prompt"])
+        for video in chunk
+        for prompt in video["prompts"]
+    ]
+    answered = iter(done.answered(asks))
+    video_keys = [video["video_key"] for video in chunk]
+    places = cached.locate(video_keys)
+    for video, place, attempts in zip(chunk, places, done.attempts(video_keys), strict=True):
+        left = [prompt for prompt in video["prompts"] if not next(answered)]
+        counts["prompts_answered"] += len(video["prompts"]) - len(left)
+        row = {**video, "prompts": left, "attempts": attempts + 1}
+        if not left:
+            counts["answered"] += 1
+        elif video["error_type"] is not None:
+            yield "failed", row
+        elif place is not None:
+            yield "cached", {**row, "cache_file": place.file, "cache_row": place.row}
+        else:
+            yield "fresh", row
+
+
+class _Parts:
+    """Write rows of one kind as numbered files of _PART rows."""
+
+    def __init__(self, storage: Storage, folder: str, kind: str) -> None:
+        self._storage, self._folder, self._kind = storage, folder, kind
+        self._rows: list[dict[str, Any]] = []
+        self._files: list[str] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= _PART:
+            self._write()
+
+    def close(self) -> tuple[str, ...]:
+        if self._rows:
+            self._write()
+        return tuple(self._files)
+
+    def _write(self) -> None:
+        if self._kind == "cached":
+            # File by file, so that a reader opens each once.
+            self._rows.sort(key=lambda row: (row["cache_file"], row["cache_row"]))
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows.build(self._rows, _SCHEMAS[self._kind]), sink)
+        name = f"{self._kind}-{len(self._files):05d}.parquet"
+        uri = join(self._folder, "work", name)
+        self._storage.write(uri, sink.getvalue())
+        self._files.append(uri)
+        self._rows = []
