@@ -177,9 +177,10 @@ def compress_batch(
     # Summed, so that the padding of a row (index 0, nothing dropped) cannot overwrite a token.
     drops = torch.zeros(tokens_LD.shape[0], dtype=torch.int32, device=tokens_LD.device)
     drops.scatter_add_(0, index.flatten(), dropped.flatten().int())
-    if budget.selects.any() and (audio_drop > 0 or torch.is_grad_enabled()):
-        if selector is None:
-            raise ValueError(f"audio_drop={audio_drop} needs a selector; pass one or drop no audio")
+    if selector is None and audio_drop > 0 and budget.selects.any():
+        raise ValueError(f"audio_drop={audio_drop} needs a selector; pass one or drop no audio")
+    # Where nothing is dropped only training needs the scores.
+    if selector and budget.selects.any() and (audio_drop > 0 or torch.is_grad_enabled()):
         audio, score, dropped = _select_audio(tokens_LD, chunks, budget, index, kept, selector)
         drops.scatter_add_(0, audio.flatten(), dropped.flatten().int())
         if score.requires_grad:

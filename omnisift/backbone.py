@@ -1,0 +1,88 @@
+"""The Qwen2.5-Omni thinker: encode media, embed text, place tokens.
+
+Shapes: L tokens of a sequence, n tokens of one video or sound, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnisift.layout import Block, ModelLayout, Modality, num_audio_tokens
+from omnisift.media import log_mel, num_mel_frames, patchify
+
+
+class Backbone:
+    """A loaded thinker, or the part of one that is needed (see `checkpoint.load_backbone`)."""
+
+    def __init__(self, model: Any) -> None:
+        """Wrap a transformers `Qwen2_5OmniThinkerForConditionalGeneration`."""
+        self.model = model.eval()
+        self.layout = ModelLayout.of(model.config)
+        self.width: int = model.config.text_config.hidden_size
+        self.max_positions: int = model.config.text_config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights lie."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type the model computes in."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @torch.inference_mode()
+    def encode_video(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """Run the vision tower on clips uint8 [T, H, W, 3]; return [n, D] each, in one call."""
+        patches, grids = zip(*(patchify(clip.to(self.device)) for clip in clips), strict=True)
+        grid_thw = torch.tensor(grids, device=self.device)
+        features = self.model.get_video_features(
+            torch.cat(patches).to(self.dtype), grid_thw
+        ).pooler_output
+        return list(features)
+
+    @torch.inference_mode()
+    def encode_audio(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """Run the audio tower on waveforms float32 [N] at 16 kHz; return [n, D] each.
+
+        Sound too short for a single token (under 21 ms) gives [0, D].
+        """
+        counts = [num_audio_tokens(num_mel_frames(len(waveform))) for waveform in waveforms]
+        mels = [
+            log_mel(waveform.to(self.device))
+            for waveform, count in zip(waveforms, counts, strict=True)
+            if count
+        ]
+        if not mels:
+            return [torch.empty(0, self.width, device=self.device, dtype=self.dtype)] * len(counts)
+        # Clips are laid end to end rather than padded: the tower's windows never cross clips.
+        lengths = torch.tensor([mel.shape[1] for mel in mels], device=self.device)
+        longest = int(lengths.max())
+        features = torch.stack(
+            [torch.nn.functional.pad(mel, (0, longest - mel.shape[1])) for mel in mels]
+        )
+        mask = torch.arange(longest, device=self.device) < lengths[:, None]
+        encoded = self.model.get_audio_features(
+            features.to(self.dtype), feature_attention_mask=mask.long()
+        ).last_hidden_state
+        return list(encoded.split(counts))
+
+    @torch.inference_mode()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the text embeddings [L, D] of ids [L]."""
+        embedded: Tensor = self.model.get_input_embeddings()(ids.to(self.device))
+        return embedded
+
+    @torch.inference_mode()
+    def place(self, block: Block, video: Tensor, audio: Tensor) -> Tensor:
+        """Return the block's embeddings [L, D]: its marks with the media's tokens scattered in."""
+        modality = torch.from_numpy(block.modality).to(self.device)
+        embeds = self.embed(torch.from_numpy(block.ids))
+        for kind, tokens in ((Modality.VIDEO, video), (Modality.AUDIO, audio)):
+            places = torch.nonzero_static(modality == kind, size=tokens.shape[0]).squeeze(1)
+            embeds[places] = tokens.to(embeds.dtype)
+        return embeds

@@ -1,0 +1,241 @@
+"""Folder or hub id -> backbone + selector. Unknown or missing tensors are errors, never skipped."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
+from transformers.utils import logging
+
+from omnisift.audio_selection import AudioSelector
+from omnisift.backbone import Backbone
+
+Part = Literal["all", "towers", "language_model"]
+
+SELECTOR_PREFIX = "thinker.compressor."
+# The speech half of a full checkpoint, and the selector, which is read on its own.
+_NOT_THE_THINKERS = re.compile(r"^(talker|token2wav|(thinker\.)?compressor)\.")
+_LAYERS_LEFT_OUT = {
+    "all": re.compile(r"$^"),
+    "towers": re.compile(r"(^|\.)(model|language_model)\.layers\.\d+\."),
+    "language_model": re.compile(r"(^|\.)(visual\.blocks|audio_tower\.layers)\.\d+\."),
+}
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is not what it should be; the message names tensor and file."""
+
+
+def resolve(model: str, revision: str = "main") -> Path:
+    """Return the folder of a checkpoint; a hub id is downloaded (safetensors, JSON, vocabulary).
+
+    Raises CheckpointError for what is neither.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"model={model}: the folder has no config.json")
+        return folder
+    try:
+        downloaded = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "merges.txt", "*.jinja"],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"model={model}: neither a folder here nor a hub id that can be downloaded ({reason})"
+        ) from error
+    return Path(downloaded)
+
+
+def identity(folder: Path) -> str:
+    """Return a hash that changes with the checkpoint: names, sizes and times of its files.
+
+    Weights are not read: 18 GB every night would be. A copied folder counts as another one.
+    """
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json"))
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    # It warns of ids of the speech half, which is not loaded, and reports the layers left out
+    # on purpose; what does not fit is an error of ours.
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _thinker_config(folder: Path) -> Qwen2_5OmniThinkerConfig:
+    try:
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    config = getattr(config, "thinker_config", config)
+    if not isinstance(config, Qwen2_5OmniThinkerConfig):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: expected model_type qwen2_5_omni, got {config.model_type}"
+        )
+    return config
+
+
+def load_backbone(
+    folder: Path, *, part: Part = "all", device: str | torch.device = "cpu"
+) -> Backbone:
+    """Load the thinker in bfloat16 on a GPU, in float32 on a CPU.
+
+    `part` leaves out the layers that are not needed: "towers" the LLM's (the text embedding
+    stays), "language_model" those of the vision and audio towers. Raises CheckpointError with
+    the tensors' names where the files and the configuration do not fit each other.
+    """
+    device = torch.device(device)
+    config = _thinker_config(folder)
+    if part == "towers":
+        config.text_config.num_hidden_layers = 0
+        config.text_config.layer_types = []
+    elif part == "language_model":
+        config.vision_config.depth = 0
+        config.audio_config.encoder_layers = 0
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        with _quiet_transformers():
+            model, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that all of them are named below
+                output_loading_info=True,
+            )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    _refuse_misfits(folder, info, part)
+    return Backbone(model.to(device))
+
+
+def _refuse_misfits(folder: Path, info: dict[str, Any], part: Part) -> None:
+    unexpected = sorted(
+        name
+        for name in info["unexpected_keys"]
+        if not _NOT_THE_THINKERS.search(name) and not _LAYERS_LEFT_OUT[part].search(name)
+    )
+    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    problems = [
+        f"{word} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for word, names in (
+            ("missing", sorted(info["missing_keys"])),
+            ("unexpected", unexpected),
+            ("wrongly shaped", mismatched),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{folder}: tensors do not fit config.json: {'; '.join(problems)}")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise CheckpointError(f"{folder}: no tokenizer.json or vocab.json")
+    try:
+        with _quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False
+            )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class SelectorWeights:
+    """The weights of a selector and where they came from."""
+
+    tensors: dict[str, Tensor]  # AudioSelector's names; empty: there are none
+    source: str
+
+    @property
+    def trained(self) -> bool:
+        """Return whether there are weights; otherwise the selector is random."""
+        return bool(self.tensors)
+
+    @property
+    def sha256(self) -> str:
+        """Return the hash of names and values, "untrained" without any."""
+        if not self.tensors:
+            return "untrained"
+        digest = hashlib.sha256()
+        for name, value in sorted(self.tensors.items()):
+            digest.update(f"{name}{list(value.shape)}{value.dtype}".encode())
+            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def read_selector(folder: Path, selector_file: str = "") -> SelectorWeights:
+    """Read the selector's tensors from a file of its own or from a checkpoint's shards.
+
+    In both they stand under `thinker.compressor.`; a file of its own may leave the prefix out.
+    """
+    shards = [Path(selector_file)] if selector_file else sorted(folder.glob("*.safetensors"))
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (not a dict)
+                    if name.startswith(SELECTOR_PREFIX) or selector_file:
+                        tensors[name.removeprefix(SELECTOR_PREFIX)] = handle.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{shard}: {error}") from error
+    if selector_file and not tensors:
+        raise CheckpointError(f"compression.selector={selector_file}: the file holds no tensors")
+    return SelectorWeights(tensors, selector_file or str(folder))
+
+
+def build_selector(weights: SelectorWeights, width: int, *, seed: int = 0) -> AudioSelector:
+    """Make the selector of `weights` in float32; without any, a random one from `seed`.
+
+    Raises CheckpointError naming a tensor that is missing, unknown or wrongly shaped.
+    """
+    if not weights.trained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AudioSelector(width)
+    hidden = weights.tensors["v_proj.bias"].shape[0] if "v_proj.bias" in weights.tensors else 512
+    selector = AudioSelector(width, hidden)
+    expected = {name: list(value.shape) for name, value in selector.state_dict().items()}
+    found = {name: list(value.shape) for name, value in weights.tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{weights.source}: selector tensor {name}: expected "
+                f"{expected.get(name, 'none of this name')}, got {found.get(name, 'none')}"
+            )
+    selector.load_state_dict({name: value.float() for name, value in weights.tensors.items()})
+    return selector

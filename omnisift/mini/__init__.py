@@ -1,0 +1,1 @@
+"""Small models in the published file formats."""

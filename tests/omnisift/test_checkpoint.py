@@ -1,0 +1,153 @@
+"""Checkpoints: what loads equals what was saved, and what does not fit is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from omnisift.checkpoint import (
+    CheckpointError,
+    build_selector,
+    identity,
+    load_backbone,
+    load_tokenizer,
+    read_selector,
+    resolve,
+)
+from omnisift.mini.tiny import published_name, write_tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "tiny", selector=True)
+
+
+def _rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name, value in change.items():
+        weights.pop(name, None)
+        if value is not None:
+            weights[name] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_every_tensor_arrives(folder: Path) -> None:
+    saved = load_file(folder / "model.safetensors")
+    loaded = load_backbone(folder).model.state_dict()
+    assert {published_name(name) for name in loaded} == {
+        name for name in saved if ".compressor." not in name
+    }
+    for name, value in loaded.items():
+        assert torch.equal(value, saved[published_name(name)].float()), name
+
+
+def test_sharded_and_whole_are_the_same(folder: Path, tmp_path: Path) -> None:
+    whole = load_backbone(folder).model.state_dict()
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    index: dict[str, str] = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        shard = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, folder / shard, {"format": "pt"})
+        index |= dict.fromkeys(part, shard)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    sharded = load_backbone(folder).model.state_dict()
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+    assert len(read_selector(folder).tensors) == 18
+
+
+def test_parts_compute_what_the_whole_computes(folder: Path) -> None:
+    whole = load_backbone(folder)
+    towers = load_backbone(folder, part="towers")
+    language = load_backbone(folder, part="language_model")
+    frames = torch.randint(0, 256, (2, 56, 56, 3), dtype=torch.uint8)
+    assert torch.equal(towers.encode_video([frames])[0], whole.encode_video([frames])[0])
+    audio = torch.randn(20_000) * 0.1
+    assert torch.equal(towers.encode_audio([audio])[0], whole.encode_audio([audio])[0])
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(language.model(ids).logits, whole.model(ids).logits)
+    sizes = [sum(p.numel() for p in part.model.parameters()) for part in (towers, language, whole)]
+    assert max(sizes[:2]) < sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"thinker.lm_head.weight": None}, "missing lm_head.weight"),
+        ({"thinker.visual.blocks.0.norm9.weight": torch.ones(4)}, "unexpected .*norm9"),
+        ({"thinker.model.norm.weight": torch.ones(63)}, "wrongly shaped .*norm.weight"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(
+    folder: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    _rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_backbone(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"thinker.compressor.v_norm.bias": None}, "v_norm.bias: expected .*got none"),
+        ({"thinker.compressor.extra": torch.ones(2)}, "extra: expected none of this name"),
+        ({"thinker.compressor.a_proj.weight": torch.ones(32, 7)}, r"a_proj.weight: .*\[32, 7\]"),
+    ],
+)
+def test_a_selector_tensor_that_does_not_fit_is_named(
+    folder: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    _rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        build_selector(read_selector(folder), 64)
+
+
+def test_selector_from_a_file_of_its_own(folder: Path, tmp_path: Path) -> None:
+    weights = read_selector(folder)
+    assert weights.trained
+    alone = tmp_path / "selector.safetensors"
+    save_file(weights.tensors, alone)
+    again = read_selector(folder, str(alone))
+    assert again.sha256 == weights.sha256
+    changed = {**weights.tensors, "v_proj.bias": weights.tensors["v_proj.bias"] + 1}
+    save_file(changed, alone)
+    assert read_selector(folder, str(alone)).sha256 != weights.sha256
+
+
+def test_without_a_selector_it_is_random_from_the_seed(tmp_path: Path) -> None:
+    weights = read_selector(write_tiny_model(tmp_path / "bare"))
+    assert not weights.trained
+    assert weights.sha256 == "untrained"
+    one, same, other = (build_selector(weights, 64, seed=seed).v_proj.weight for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match="expected model_type qwen2_5_omni, got bert"):
+        load_backbone(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_neither_folder_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="neither a folder here nor a hub id"):
+        resolve("nowhere/nothing at all")
+
+
+def test_identity_changes_with_the_files(folder: Path) -> None:
+    before = identity(folder)
+    assert identity(folder) == before
+    _rewrite(folder, {"thinker.model.norm.weight": torch.ones(64) * 2})
+    assert identity(folder) != before
