@@ -33,7 +33,6 @@ ASKS = pa.schema(
 
 _COLUMNS = ("uri", "prompt_id", "prompt")
 _BATCH = 65_536  # lines
-_BUFFER_BYTES = 8 << 20  # each refill is a request
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -137,23 +136,29 @@ def _parquet(file: Any) -> Iterator[_Line]:
 
 def _csv(file: Any) -> Iterator[_Line]:
     # Bytes that are not UTF-8 become lone surrogates, and so fail their own line alone.
-    buffered = io.BufferedReader(file, _BUFFER_BYTES)
-    text = io.TextIOWrapper(buffered, "utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text)
-    header = next(reader, [])
-    if "uri" not in header:
-        raise _UnusableError(f"its first line has no column uri: {','.join(header)[:200]!r}")
-    for values in reader:
-        if not values:
-            continue  # an empty line
-        if len(values) == len(header):
-            yield reader.line_num, dict(zip(header, values, strict=True))
-        else:
-            yield reader.line_num, f"it has {len(values)} columns, the header {len(header)}"
+    with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        reader = csv.reader(text, strict=True)  # else an open quote swallows the rest unsaid
+        header = next(reader, [])
+        if "uri" not in header:
+            raise _UnusableError(f"its first line has no column uri: {','.join(header)[:200]!r}")
+        while True:
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                yield reader.line_num, f"it is not CSV: {error}"
+                continue
+            if values is None:
+                return
+            if not values:
+                continue  # an empty line
+            if len(values) == len(header):
+                yield reader.line_num, dict(zip(header, values, strict=True))
+            else:
+                yield reader.line_num, f"it has {len(values)} columns, the header {len(header)}"
 
 
 def _jsonl(file: Any) -> Iterator[_Line]:
-    for number, line in enumerate(io.BufferedReader(file, _BUFFER_BYTES), start=1):
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:

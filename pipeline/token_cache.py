@@ -8,8 +8,9 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -93,10 +94,12 @@ def write_part(storage: Storage, folder: str, run_id: str, block: pa.Table) -> s
     return uri
 
 
-def open_part(storage: Storage, uri: str) -> pq.ParquetFile:
+@contextmanager
+def open_part(storage: Storage, uri: str) -> Iterator[pq.ParquetFile]:
     """Open a file of the cache; its row groups are read in few ranged requests."""
-    source = pa.PythonFile(storage.open(uri), mode="r")
-    return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
+    with storage.open(uri) as file:
+        source = pa.PythonFile(file, mode="r")
+        yield pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
 
 
 def read_row(part: pq.ParquetFile, row: int) -> pa.Table:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -56,38 +57,32 @@ class ReadCache:
     def __init__(self, storage: Storage) -> None:
         """Take the storage; where the rows lie, each row says itself."""
         self._storage = storage
-        self._part: tuple[str, pq.ParquetFile] | None = None  # rows come file by file
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Return one row of rows.KEPT for each row of token_cache.HITS."""
-        if not block.num_rows:
-            return rows.KEPT.empty_table()
-        return pa.concat_tables([self._row(row) for row in rows.iterate(block)])
+        found = [rows.KEPT.empty_table()]
+        for file, group in groupby(rows.iterate(block), key=lambda row: row["cache_file"]):
+            hits = list(group)
+            found += self._of_file(file, hits) if file else [rows.build(hits, rows.KEPT)]
+        return pa.concat_tables(found)
 
-    def _row(self, row: dict[str, Any]) -> pa.Table:
-        if row["error_type"] is not None:
-            return rows.build([row], rows.KEPT)
-        file, place = row["cache_file"], row["cache_row"]
+    def _of_file(self, file: str, hits: list[dict[str, Any]]) -> list[pa.Table]:
+        try:
+            with token_cache.open_part(self._storage, file) as part:
+                return [self._of_row(part, hit) for hit in hits]
+        except (StorageError, *token_cache.UNREADABLE) as error:
+            return [self._failed(hit, error) for hit in hits]
+
+    def _of_row(self, part: pq.ParquetFile, hit: dict[str, Any]) -> pa.Table:
         start = time.perf_counter()
         try:
-            found = token_cache.read_row(self._open(file), place)
-            if found.column("video_key")[0].as_py() != row["video_key"]:
+            found = token_cache.read_row(part, hit["cache_row"])
+            if found.column("video_key")[0].as_py() != hit["video_key"]:
                 raise ValueError("the row is of another video")
-        except StorageError as error:
-            failed = rows.failed(row, "cache", error.error_type, str(error))
-            return rows.build([failed], rows.KEPT)
-        except token_cache.UNREADABLE as error:
-            message = (
-                f"{row['uri']}: its cached tokens in {file}, row {place}, are damaged ({error}); "
-                "run the same command again to compute them anew"
-            )
-            log.warning(message)
-            token_cache.bury(
-                self._storage, file, place, video_key=row["video_key"], reason=str(error)
-            )
-            return rows.build([rows.failed(row, "cache", "cache_corrupt", message)], rows.KEPT)
+        except (StorageError, *token_cache.UNREADABLE) as error:
+            return self._failed(hit, error)
         own = {
-            **{name: row[name] for name in rows.IDENTITY.names},
+            **{name: hit[name] for name in rows.IDENTITY.names},
             "cache_s": time.perf_counter() - start,
             "cache_hit": True,
         }
@@ -101,10 +96,15 @@ class ReadCache:
         ]
         return pa.table(columns, schema=rows.KEPT)
 
-    def _open(self, uri: str) -> pq.ParquetFile:
-        if self._part is None or self._part[0] != uri:
-            if self._part is not None:
-                self._part[1].close(force=True)
-                self._part = None
-            self._part = (uri, token_cache.open_part(self._storage, uri))
-        return self._part[1]
+    def _failed(self, hit: dict[str, Any], error: Exception) -> pa.Table:
+        if isinstance(error, StorageError):
+            return rows.build([rows.failed(hit, "cache", error.error_type, str(error))], rows.KEPT)
+        file, place = hit["cache_file"], hit["cache_row"]
+        message = (
+            f"{hit['uri']}: its cached tokens in {file}, row {place}, are damaged ({error}); "
+            "run the same command again to compute them anew"
+        )
+        log.warning(message)
+        key = hit["video_key"]
+        token_cache.bury(self._storage, file, place, video_key=key, reason=str(error))
+        return rows.build([rows.failed(hit, "cache", "cache_corrupt", message)], rows.KEPT)
