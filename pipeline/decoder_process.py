@@ -1,0 +1,210 @@
+"""Keep a child process that decodes; its hangs, crashes and lack of memory are one video's errors."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.config import DecodeConfig, MediaConfig
+from pipeline.decoder import child_arguments
+from pipeline.media_index import DecodeError
+
+_START_S = 300.0  # importing torch from a cold network disk
+_STDERR_BYTES = 400
+# All that a child gets of the environment: it works on files from strangers, so no credentials.
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "HF_HOME")
+
+
+@dataclass(frozen=True)
+class DecodedBytes:
+    """A decoded video as the rows carry it; see `decoder.Decoded` for shapes and units."""
+
+    frames: bytes
+    frames_shape: list[int]
+    audio: bytes
+    duration_s: float
+    fps: float
+    has_audio: bool
+
+
+class DecoderProcess:
+    """A long-lived child, started when first needed and again after it was lost.
+
+    Frames come back through an anonymous file in memory that parent and child share: it has no
+    name, so nothing is left behind however either of them ends.
+    """
+
+    def __init__(self, media: MediaConfig, limits: DecodeConfig) -> None:
+        self._media = media
+        self._limits = limits
+        self._shared_fd = os.memfd_create("decoded")
+        self._stderr = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - lives as long as the child
+        self._child: subprocess.Popen[bytes] | None = None
+        self._heard = b""  # of an answer that is not yet complete
+        self._finalizer = weakref.finalize(self, os.close, self._shared_fd)
+
+    @property
+    def pid(self) -> int | None:
+        """Return the id of the child, or None when there is none."""
+        return self._child.pid if self._child else None
+
+    def start(self) -> None:
+        """Start the child, if there is none, and wait until it can decode."""
+        if self._child is not None and self._child.poll() is None:
+            return
+        self.stop()
+        arguments = child_arguments(
+            self._media,
+            max_source_pixels=self._limits.max_source_pixels,
+            memory_limit_bytes=self._limits.memory_limit_bytes,
+            shared_fd=self._shared_fd,
+        )
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.decoder", arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,  # a file takes any amount of chatter; a pipe would fill and block
+            env=_child_environment(),
+            pass_fds=(self._shared_fd,),
+        )
+        if not self._hear(time.monotonic() + _START_S):
+            status = self._end_of_child()
+            raise RuntimeError(f"the decoding process did not start: {status}: {self._chatter()}")
+
+    def stop(self) -> None:
+        """End the child, if there is one, and forget what it said."""
+        if self._child is not None:
+            self._end_of_child()
+        self._heard = b""
+        os.ftruncate(self._shared_fd, 0)
+
+    def close(self) -> None:
+        """End the child and give everything back; the object is of no use afterwards."""
+        if self._finalizer.alive:
+            self.stop()
+            self._stderr.close()
+            self._finalizer()
+
+    def decode(self, path: Path) -> DecodedBytes:
+        """Decode a file. Raises DecodeError for a fault of the file; the next one is unharmed."""
+        request = json.dumps({"path": str(path)}).encode() + b"\n"
+        self.start()
+        self._stderr.truncate(0)
+        try:
+            self._tell(request)
+        except BrokenPipeError:  # lost while idle, which is not the fault of this file
+            self.start()
+            self._tell(request)
+        deadline = time.monotonic() + self._limits.deadline_s
+        answer = self._hear(deadline)
+        if answer is None and time.monotonic() >= deadline:
+            self.stop()
+            raise DecodeError(
+                "decode_timeout",
+                f"not decoded within {self._limits.deadline_s:g} s; if the video is sound and "
+                "merely long, raise decode.deadline_s",
+            )
+        if answer is None:
+            status = self._end_of_child()
+            raise DecodeError(
+                "decode_crash",
+                f"the decoder died ({status}) on this file: {self._chatter()}; it is likely "
+                "damaged, transcode it or remove it",
+            )
+        if "error_type" in answer:
+            if answer["error_type"] == "out_of_memory":
+                self.stop()  # what it holds on to would be missing for the next file
+            raise DecodeError(answer["error_type"], answer["message"])
+        return self._collect(answer)
+
+    def _collect(self, answer: dict[str, Any]) -> DecodedBytes:
+        shape = answer["frames_shape"]
+        frames_bytes = 1
+        for side in shape:
+            frames_bytes *= side
+        frames = _read(self._shared_fd, 0, frames_bytes)
+        audio = _read(self._shared_fd, frames_bytes, answer["audio_bytes"])
+        os.ftruncate(self._shared_fd, 0)  # gives the memory back
+        return DecodedBytes(
+            frames=frames,
+            frames_shape=shape,
+            audio=audio,
+            duration_s=answer["duration_s"],
+            fps=answer["fps"],
+            has_audio=answer["has_audio"],
+        )
+
+    def _tell(self, request: bytes) -> None:
+        assert self._child is not None
+        _pipe(self._child.stdin).write(request)
+        _pipe(self._child.stdin).flush()
+
+    def _hear(self, deadline: float) -> dict[str, Any] | None:
+        """Return the next line, or None when the deadline passes or the child ends."""
+        assert self._child is not None
+        descriptor = _pipe(self._child.stdout).fileno()
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        while b"\n" not in self._heard:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not poll.poll(left_s * 1000):
+                return None
+            piece = os.read(descriptor, 1 << 16)
+            if not piece:
+                return None
+            self._heard += piece
+        line, _, self._heard = self._heard.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _end_of_child(self) -> str:
+        """Make sure that the child is gone, and say how it ended."""
+        assert self._child is not None
+        child, self._child = self._child, None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.5)  # one that died by itself tells more than one that is killed
+        child.kill()
+        code = child.wait()
+        for pipe in (child.stdin, child.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                _pipe(pipe).close()
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+    def _chatter(self) -> str:
+        """Return the end of what the child printed."""
+        end = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, end - _STDERR_BYTES))
+        return self._stderr.read().decode(errors="replace").strip() or "it printed nothing"
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None  # both were asked for
+    return pipe
+
+
+def _read(descriptor: int, offset: int, size_bytes: int) -> bytes:
+    parts = []
+    while size_bytes:
+        part = os.pread(descriptor, size_bytes, offset)
+        if not part:
+            raise RuntimeError(f"the decoding process gave {size_bytes} bytes fewer than it said")
+        parts.append(part)
+        offset += len(part)
+        size_bytes -= len(part)
+    return b"".join(parts)
+
+
+def _child_environment() -> dict[str, str]:
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment["OMP_NUM_THREADS"] = "1"
+    return environment

@@ -1,0 +1,129 @@
+"""decode: a video's uri becomes sampled frames and sound."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import rows
+from pipeline.config import DecodeConfig, MediaConfig, StorageConfig
+from pipeline.decoder_process import DecodedBytes, DecoderProcess
+from pipeline.media_index import DecodeError
+from pipeline.storage import S3, ObjectInfo, Storage, StorageError
+
+_LOG = logging.getLogger(__name__)
+_PREFIX = "video-decode-"
+
+
+class Decode:
+    """Fetch each video and sample it in a guarded child process; a bad video costs one row.
+
+    Reads: uri, size_bytes, etag. Writes: frames, frames_shape, audio, duration_s, fps, has_audio,
+    decode_s.
+    """
+
+    def __init__(self, media: MediaConfig, decode: DecodeConfig, storage: StorageConfig) -> None:
+        self._limits = decode
+        self._storage = Storage(storage)
+        self._temp_dir, lock_fd = _own_temp_dir(Path(decode.temp_dir or tempfile.gettempdir()))
+        self._decoder = DecoderProcess(media, decode)
+        # Runs at exit as well; when the process is killed, the next actor here sweeps.
+        self._finalizer = weakref.finalize(self, _give_back, self._decoder, self._temp_dir, lock_fd)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Decode the rows of a block, from rows.IDENTITY to rows.DECODED."""
+        return rows.build([self._row(row) for row in rows.iterate(block)], rows.DECODED)
+
+    def close(self) -> None:
+        """End the child process and remove the temporary files."""
+        self._finalizer()
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["error_type"] is not None:
+            return row
+        start = time.monotonic()
+        uri = row["uri"]
+        try:
+            decoded = self._decode(uri, row["size_bytes"], row["etag"] or "")
+        except StorageError as error:
+            row = rows.failed(row, "decode", error.error_type, str(error))
+        except DecodeError as error:
+            row = rows.failed(row, "decode", error.error_type, f"{uri}: {error.message}")
+        else:
+            row = {**row, **vars(decoded)}
+        row["decode_s"] = time.monotonic() - start
+        if row["error_type"]:
+            _LOG.warning("decode %s in %.1f s: %s", row["error_type"], row["decode_s"], uri)
+        return row
+
+    def _decode(self, uri: str, size_bytes: int, etag: str) -> DecodedBytes:
+        if size_bytes > self._limits.max_size_bytes:
+            raise DecodeError(
+                "too_large",
+                f"{size_bytes} bytes are more than the {self._limits.max_size_bytes} of "
+                "decode.max_size_bytes; raise it or transcode the video",
+            )
+        with self._file(ObjectInfo(uri, size_bytes, etag, 0)) as path:
+            return self._decoder.decode(path)
+
+    @contextlib.contextmanager
+    def _file(self, info: ObjectInfo) -> Iterator[Path]:
+        """Give the video as a file: a local one as it lies there, any other as a copy."""
+        if not info.uri.startswith(S3):
+            found = self._storage.stat(info.uri)
+            if found.size_bytes != info.size_bytes:
+                raise StorageError(
+                    "changed",
+                    f"{info.uri}: {info.size_bytes} bytes were listed, {found.size_bytes} are "
+                    "there now; run the job again",
+                )
+            yield Path(info.uri.removeprefix("file://")).resolve()
+            return
+        # Its ending is a hint to the demuxer, and all that is taken from the name.
+        ending = re.search(r"\.[A-Za-z0-9]{1,5}$", info.uri)
+        path = self._temp_dir / f"video{ending.group() if ending else ''}"
+        try:
+            self._storage.download(info, path)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _give_back(decoder: DecoderProcess, temp_dir: Path, lock_fd: int) -> None:
+    decoder.close()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+    os.close(lock_fd)
+
+
+def _own_temp_dir(parent: Path) -> tuple[Path, int]:
+    """Make a folder for this actor, and remove those whose actors were killed.
+
+    A living actor holds a lock on its folder, by the descriptor that is returned; the system lets
+    go of it when the process ends.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # locked, of another user, or swept by another actor
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(descriptor)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if folder.exists():  # not swept between its making and its locking
+            return folder, descriptor
+        os.close(descriptor)
