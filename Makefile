@@ -28,9 +28,10 @@ check: $(READY)  ## lint, format, types and the direction of imports; changes no
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-fix: $(READY)  ## let ruff repair and format what it can
+fix: $(READY)  ## let ruff repair and format what it can, and renew the README's table of keys
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@PYTHONPATH=. $(BIN)/python tests/test_readme.py
 
 # The stamp is written last, so an installation that broke off is done again.
 # pip runs outside the new environment (--python): Debian's python3 has no ensurepip to put one inside.
