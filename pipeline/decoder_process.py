@@ -1,4 +1,4 @@
-"""Keep a child process that decodes; its hangs, crashes and lack of memory are one video's errors."""
+"""Keep a child process that decodes; when it hangs, crashes or swells, one video has failed."""
 
 import contextlib
 import json

@@ -1,8 +1,10 @@
 """Open a file of unknown content as media, and list when each frame of its video is shown."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -129,12 +131,12 @@ class _Packets:
         self._timed = False  # whether packets say when they are shown
         self.starts: list[int] = []
         self.keys: list[int] = []
-        self.first = 0
-        self.end = 0
+        self.first = sys.maxsize
+        self.end = -sys.maxsize
         self.last_duration = 0
         self.others_end_s = 0.0
 
-    def add(self, packet: av.Packet) -> None:
+    def add(self, packet: "av.Packet[Any]") -> None:
         # Some containers know only when a frame is decoded; the second field of a frame that is
         # sent in two has no time of its own.
         start = packet.dts if packet.pts is None and not self._timed else packet.pts
@@ -146,7 +148,7 @@ class _Packets:
             self.others_end_s = max(self.others_end_s, end_s)
             return
         self._timed = self._timed or packet.pts is not None
-        self.first = min(self.first, start) if self.end else start
+        self.first = min(self.first, start)
         self.end = max(self.end, start + duration)
         self.last_duration = duration or self.last_duration
         if packet.is_keyframe:
@@ -174,7 +176,7 @@ def index_video(container: InputContainer, stream: VideoStream) -> VideoIndex:
     except av.FFmpegError:
         pass  # a file that breaks off; what is missing is judged below
     tick_s = float(stream.time_base or 1)
-    found_s = (packets.end - packets.first) * tick_s
+    found_s = max(0, packets.end - packets.first) * tick_s
     if claimed_s is None and container.duration:
         claimed_s = container.duration / av.time_base
         found_s = max(found_s, packets.others_end_s - (container.start_time or 0) / av.time_base)
