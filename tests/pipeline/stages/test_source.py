@@ -195,7 +195,7 @@ def test_a_single_missing_or_forbidden_object_is_a_failed_row(corpus: Corpus) ->
 def test_prompts_of_a_video_are_grouped_in_every_format(corpus: Corpus, suffix: str) -> None:
     for name in ("a.mp4", "b.mp4", "sub/ü ,c.mp4"):
         corpus.add(name)
-    lines = [
+    lines: list[dict[str, str | None]] = [
         {"uri": "b.mp4", "prompt": "What?", "prompt_id": "w"},
         {"uri": "a.mp4", "prompt": None, "prompt_id": None},
         {"uri": "./b.mp4", "prompt": 'Who said "no",\nand why?', "prompt_id": None},

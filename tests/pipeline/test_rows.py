@@ -1,0 +1,91 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import rows
+
+SCHEMAS = {
+    name: getattr(rows, name)
+    for name in ("IDENTITY", "DECODED", "KEPT", "CACHED", "ANSWERED", "ANSWERS", "VIDEOS")
+}
+
+identity = st.fixed_dictionaries(
+    {
+        "video_key": st.text(),
+        "uri": st.text(),
+        "size_bytes": st.integers(0, 1 << 62),
+        "etag": st.text(),
+        "prompts": st.lists(
+            st.fixed_dictionaries({"prompt_id": st.text(), "prompt": st.text()}), max_size=3
+        ),
+        "attempts": st.integers(1, 9),
+        "error_stage": st.none() | st.text(),
+        "error_type": st.none() | st.text(),
+        "error_message": st.none() | st.text(),
+    }
+)
+
+
+@given(st.lists(identity, max_size=4))
+def test_rows_come_back_as_they_were(videos: list[dict[str, Any]]) -> None:
+    block = rows.build(videos, rows.IDENTITY)
+    assert block.schema == rows.IDENTITY
+    assert list(rows.iterate(block)) == videos
+
+
+def test_large_binaries_are_buffers_and_not_python_bytes() -> None:
+    frames = np.arange(24, dtype=np.uint8)
+    block = rows.build([{"frames": frames.tobytes()}, {}], rows.DECODED)
+    first, second = rows.iterate(block)
+    assert isinstance(first["frames"], pa.Buffer)
+    assert np.array_equal(np.frombuffer(first["frames"], np.uint8), frames)
+    assert second["frames"] is None
+
+
+def test_a_block_in_pieces_is_iterated_in_order() -> None:
+    pieces = [rows.build([{"uri": name}], rows.IDENTITY) for name in "abc"]
+    whole = pa.concat_tables([rows.IDENTITY.empty_table(), *pieces])
+    assert [row["uri"] for row in rows.iterate(whole)] == list("abc")
+
+
+def test_missing_columns_are_null_and_other_columns_left_out() -> None:
+    block = rows.build([{"uri": "u", "another": 1}], rows.KEPT)
+    (row,) = rows.iterate(block)
+    assert row == {**dict.fromkeys(rows.KEPT.names), "uri": "u"}
+
+
+def test_a_failed_row_keeps_what_it_had() -> None:
+    row = {"uri": "u", "error_type": None}
+    failed = rows.failed(row, "decode", "truncated", "u: cut")
+    assert row == {"uri": "u", "error_type": None}
+    assert failed == {
+        "uri": "u",
+        "error_stage": "decode",
+        "error_type": "truncated",
+        "error_message": "u: cut",
+    }
+
+
+def _plain(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_struct(kind):
+        return all(_plain(field.type) for field in kind)
+    return not isinstance(kind, pa.BaseExtensionType)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_column_is_a_plain_arrow_type_and_survives_parquet(name: str, tmp_path: Path) -> None:
+    schema = SCHEMAS[name]
+    assert all(_plain(field.type) for field in schema)
+    assert len(set(schema.names)) == len(schema.names)
+    pq.write_table(rows.build([{}, {}], schema), tmp_path / "x.parquet")
+    back = pq.read_table(tmp_path / "x.parquet")
+    assert back.schema.equals(schema)
+    assert back.to_pylist() == [dict.fromkeys(schema.names)] * 2
