@@ -75,6 +75,9 @@ def list_work(
     it; a video without any is counted and left out. Raises StartupError, which names `source`, when
     nothing can be listed or read there.
     """
+    source = keys.without_credentials(config.source)
+    if source != config.source:
+        raise StartupError(f"source={source}: leave the credentials to the environment")
     counts: Counter[str] = Counter()
     if is_manifest(config.source):
         candidates: Iterator[_Candidate | BrokenLine] = _named(config, storage, counts)

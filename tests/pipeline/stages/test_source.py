@@ -338,6 +338,12 @@ def test_a_prefix_without_videos_is_said_at_the_start(corpus: Corpus) -> None:
         corpus.work(str(corpus.videos / "none"))
 
 
+def test_credentials_in_the_source_are_refused_and_not_repeated(corpus: Corpus) -> None:
+    with pytest.raises(StartupError, match="source=s3://b/v: .*environment") as error:
+        corpus.work("s3://user:secret@b/v")
+    assert "secret" not in str(error.value)
+
+
 def test_videos_with_tokens_are_hits_that_know_where_they_lie(corpus: Corpus) -> None:
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         corpus.add(name)
