@@ -151,6 +151,7 @@ class AnswerConfig:
     )
     max_new_tokens: int = _key(128, "tokens an answer may have")
     batch_videos: int = _key(4, "videos answered together")
+    videos_per_file: int = _key(64, "videos whose answers are written in one file")
 
     def __post_init__(self) -> None:
         """Refuse an empty question and batches of none."""
@@ -159,13 +160,16 @@ class AnswerConfig:
             self.max_new_tokens >= 1, "answer.max_new_tokens", "at least 1", self.max_new_tokens
         )
         _require(self.batch_videos >= 1, "answer.batch_videos", "at least 1", self.batch_videos)
+        _require(
+            self.videos_per_file >= 1, "answer.videos_per_file", "at least 1", self.videos_per_file
+        )
 
 
 @dataclass(frozen=True)
 class PoolsConfig:
     """Actors of each stage and what one of them takes; 0 actors: as many as the cluster holds."""
 
-    decode_actors: int = _key(0, "decoding actors; 0: three quarters of the CPUs")
+    decode_actors: int = _key(0, "decoding actors; 0: the CPUs the other stages leave")
     decode_cpus: float = _key(1.0, "CPUs of a decoding actor")
     compress_actors: int = _key(0, "compressing actors; 0: one a GPU, or one without GPUs")
     compress_cpus: float = _key(0.25, "CPUs of a compressing actor")

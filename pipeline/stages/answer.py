@@ -24,6 +24,7 @@ class AnswerSettings:
     revision: str
     system_prompt: str
     max_new_tokens: int
+    device: str  # "cuda" or "cpu"
 
 
 class Answer:
@@ -36,9 +37,8 @@ class Answer:
     def __init__(self, settings: AnswerSettings) -> None:
         """Load the LLM."""
         folder: Path = resolve(settings.model, settings.revision)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.answerer = Answerer(
-            load_backbone(folder, part="language_model", device=device),
+            load_backbone(folder, part="language_model", device=settings.device),
             load_tokenizer(folder),
             system_prompt=settings.system_prompt,
             max_new_tokens=settings.max_new_tokens,

@@ -28,6 +28,7 @@ class CompressSettings:
     shares: DropShares
     nominal_timestamps: bool
     token_dtype: str  # "bfloat16" or "float32"
+    device: str  # "cuda" or "cpu"
 
 
 class Compress:
@@ -41,8 +42,7 @@ class Compress:
         """Load the towers and the selector."""
         self.token_dtype = settings.token_dtype
         folder: Path = resolve(settings.model, settings.revision)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        backbone: Backbone = load_backbone(folder, part="towers", device=device)
+        backbone: Backbone = load_backbone(folder, part="towers", device=settings.device)
         selector: AudioSelector = build_selector(
             read_selector(folder, settings.selector), backbone.width, seed=settings.seed
         )

@@ -1,0 +1,62 @@
+"""The one place where stages are put in order."""
+
+from functools import reduce
+
+from ray.data import Dataset
+
+from pipeline.pools import Pools
+from pipeline.settings import Settings
+from pipeline.stages.answer import Answer
+from pipeline.stages.cache import ReadCache, WriteCache
+from pipeline.stages.compress import Compress
+from pipeline.stages.decode import Decode
+from pipeline.stages.sink import Sink
+from pipeline.stages.source import WorkList
+from pipeline.work_reader import read_work
+
+
+def plan(work: WorkList, run: Settings, pools: Pools) -> Dataset:
+    """Put a work list through the flow: source -> decode -> compress -> cache -> answer -> sink.
+
+    Cached rows skip decode and compress, failed rows pass every stage untouched. Consuming the
+    dataset runs it, in one streaming execution; its rows are the sink's counts.
+    """
+    branches = []
+    if work.fresh:
+        branches.append(
+            read_work(
+                run.storage,
+                work.fresh,
+                num_rows=work.counts.fresh,
+                num_actors=pools.decode.actors,
+            )
+            .map_batches(Decode, fn_constructor_kwargs=run.decode, **pools.decode.of(1))
+            .map_batches(Compress, fn_constructor_kwargs=run.compress, **pools.compress.of(1))
+            .map_batches(
+                WriteCache,
+                fn_constructor_kwargs=run.write_cache,
+                **pools.write_cache.of(run.videos_per_cache_file),
+            )
+        )
+    if work.cached or work.failed:
+        branches.append(
+            read_work(
+                run.storage,
+                work.cached + work.failed,
+                num_rows=work.counts.cached + work.counts.failed,
+                num_actors=pools.read_cache.actors,
+            ).map_batches(
+                ReadCache,
+                fn_constructor_kwargs=run.read_cache,
+                **pools.read_cache.of(run.videos_per_batch),
+            )
+        )
+    return (
+        reduce(Dataset.union, branches)
+        .map_batches(
+            Answer, fn_constructor_kwargs=run.answer, **pools.answer.of(run.videos_per_batch)
+        )
+        .map_batches(
+            Sink, fn_constructor_kwargs=run.sink, **pools.sink.of(run.videos_per_answer_file)
+        )
+    )

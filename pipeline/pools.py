@@ -1,0 +1,97 @@
+"""How many actors each stage gets on this cluster, checked before anything starts."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy
+
+from pipeline.config import PoolsConfig
+from pipeline.errors import StartupError
+
+_SPARE_CPUS = 0.2  # for the tasks that read the work list
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The actors of one stage."""
+
+    actors: int
+    cpus: float
+    gpus: float = 0.0
+
+    def of(self, batch_size: int) -> dict[str, Any]:
+        """Return what `Dataset.map_batches` is told: this pool, `batch_size` rows a call."""
+        return {
+            "compute": ActorPoolStrategy(size=self.actors),
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus or None,
+            "batch_size": batch_size,
+            "batch_format": "pyarrow",
+            "zero_copy_batch": True,
+        }
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The actors of all stages. Sizes are fixed: GPU pools do not grow by themselves."""
+
+    decode: Pool
+    compress: Pool
+    write_cache: Pool
+    read_cache: Pool
+    answer: Pool
+    sink: Pool
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Return whether the model computes on GPUs, hence in bfloat16."""
+        return self.compress.gpus > 0
+
+    def actors(self, *, fresh: bool, cached: bool) -> dict[str, int]:
+        """Return the actors of each stage of the report, for the branches that run."""
+        return {
+            "decode": self.decode.actors,
+            "compress": self.compress.actors,
+            "cache": self.write_cache.actors * fresh + self.read_cache.actors * cached,
+            "answer": self.answer.actors,
+        }
+
+
+def size_pools(config: PoolsConfig) -> Pools:
+    """Fit the pools into the cluster that Ray is connected to.
+
+    Raises StartupError, with the sums, when the smallest pools do not fit: Ray would wait for
+    ever for room that never comes.
+    """
+    cluster = ray.cluster_resources()
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    models = max(1, math.floor(gpus))
+
+    def model_pool(actors: int, cpus: float, gpus_each: float) -> Pool:
+        share = (0.5 if gpus else 0.0) if gpus_each < 0 else gpus_each
+        return Pool(actors or models, cpus, share)
+
+    compress = model_pool(config.compress_actors, config.compress_cpus, config.compress_gpus)
+    answer = model_pool(config.answer_actors, config.answer_cpus, config.answer_gpus)
+    cache = Pool(config.cache_actors or compress.actors, config.cache_cpus)
+    sink = Pool(1, config.cache_cpus)
+    taken = sum(pool.actors * pool.cpus for pool in (compress, answer, cache, cache, sink))
+    left = cpus - _SPARE_CPUS - taken
+    decode = Pool(
+        config.decode_actors or max(1, math.floor(left / config.decode_cpus)), config.decode_cpus
+    )
+    if decode.actors * decode.cpus > left:
+        raise StartupError(
+            f"pools: {cpus:g} CPUs are too few: {decode.actors} decoding actors take "
+            f"{decode.actors * decode.cpus:g}, the other actors {taken:g}, reading {_SPARE_CPUS:g};"
+            " add nodes, or lower pools.decode_actors or a pools.*_cpus"
+        )
+    needed = sum(pool.actors * pool.gpus for pool in (compress, answer))
+    if needed > gpus:
+        raise StartupError(
+            f"pools: {gpus:g} GPUs are too few: compressing and answering take {needed:g}; "
+            "lower pools.compress_actors, pools.answer_actors or their GPUs"
+        )
+    return Pools(decode, compress, write_cache=cache, read_cache=cache, answer=answer, sink=sink)

@@ -1,0 +1,128 @@
+"""What each stage of a run is made with, derived once from the configuration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from omnisift.checkpoint import SelectorWeights, identity
+from pipeline import keys
+from pipeline.config import CaptionConfig
+from pipeline.stages.answer import AnswerSettings
+from pipeline.stages.compress import CompressSettings
+from pipeline.storage import Storage, join
+
+# Raised whenever the same video and settings give other kept tokens than before.
+COMPRESSION_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The constructor arguments of each stage, and the names a run writes under."""
+
+    run_id: str
+    storage: Storage
+    output: str
+    run_folder: str
+    cache_folder: str
+    ingredients: dict[str, keys.Ingredient]  # of the cache's fingerprint, readable
+    answer_fingerprint: str
+    decode: dict[str, Any]
+    compress: dict[str, Any]
+    write_cache: dict[str, Any]
+    read_cache: dict[str, Any]
+    answer: dict[str, Any]
+    sink: dict[str, Any]
+    videos_per_cache_file: int
+    videos_per_batch: int
+    videos_per_answer_file: int
+
+
+def token_dtype(config: CaptionConfig, *, uses_gpu: bool) -> str:
+    """Return the type tokens are kept in: `auto` is the one the model computes in."""
+    if config.cache.codec != "auto":
+        return config.cache.codec
+    return "bfloat16" if uses_gpu else "float32"
+
+
+def cache_ingredients(
+    config: CaptionConfig, folder: Path, selector: SelectorWeights, *, uses_gpu: bool
+) -> dict[str, keys.Ingredient]:
+    """Return everything that changes kept tokens, by readable names."""
+    return {
+        "model": config.model,
+        "revision": config.revision,
+        "checkpoint": identity(folder),
+        "selector": selector.sha256,
+        "selector_seed": -1 if selector.trained else config.seed,
+        "method": "omnisift",
+        "video_drop": config.compression.shares.video,
+        "audio_drop": config.compression.shares.audio,
+        "fps": config.media.fps,
+        "max_frames": config.media.max_frames,
+        "min_pixels": config.media.min_pixels,
+        "max_pixels": config.media.max_pixels,
+        "max_audio_s": config.media.max_audio_s,
+        "timestamps": config.media.timestamps,
+        "compute_dtype": "bfloat16" if uses_gpu else "float32",
+        "token_dtype": token_dtype(config, uses_gpu=uses_gpu),
+        "transformers": transformers.__version__,
+        "compression_version": COMPRESSION_VERSION,
+    }
+
+
+def make_settings(
+    config: CaptionConfig, folder: Path, selector: SelectorWeights, *, uses_gpu: bool
+) -> Settings:
+    """Derive the settings of a new run; `folder` is the resolved checkpoint."""
+    storage = Storage(config.storage)
+    run_id = keys.new_run_id()
+    output = keys.plain(config.output)
+    ingredients = cache_ingredients(config, folder, selector, uses_gpu=uses_gpu)
+    fingerprint = keys.fingerprint(ingredients)
+    answer_fingerprint = keys.answer_fingerprint(fingerprint, config.answer)
+    cache_folder = join(keys.plain(config.cache_root), fingerprint)
+    run_folder = join(output, run_id)
+    device = "cuda" if uses_gpu else "cpu"
+    compress = CompressSettings(
+        model=config.model,
+        revision=config.revision,
+        selector=config.compression.selector,
+        seed=config.seed,
+        shares=config.compression.shares,
+        nominal_timestamps=config.media.timestamps == "nominal",
+        token_dtype=token_dtype(config, uses_gpu=uses_gpu),
+        device=device,
+    )
+    answer = AnswerSettings(
+        model=config.model,
+        revision=config.revision,
+        system_prompt=config.answer.system_prompt,
+        max_new_tokens=config.answer.max_new_tokens,
+        device=device,
+    )
+    return Settings(
+        run_id=run_id,
+        storage=storage,
+        output=output,
+        run_folder=run_folder,
+        cache_folder=cache_folder,
+        ingredients=ingredients,
+        answer_fingerprint=answer_fingerprint,
+        decode={"media": config.media, "decode": config.decode, "storage": config.storage},
+        compress={"settings": compress},
+        write_cache={"storage": storage, "folder": cache_folder, "run_id": run_id},
+        read_cache={"storage": storage},
+        answer={"settings": answer},
+        sink={
+            "storage": storage,
+            "folder": run_folder,
+            "run_id": run_id,
+            "model": config.model,
+            "fingerprint": answer_fingerprint,
+        },
+        videos_per_cache_file=config.cache.videos_per_file,
+        videos_per_batch=config.answer.batch_videos,
+        videos_per_answer_file=config.answer.videos_per_file,
+    )
