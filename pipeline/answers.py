@@ -185,31 +185,40 @@ def ask_key(video_key: str, prompt_id: str, prompt: str) -> bytes:
 
 
 class AnswerIndex:
-    """Know what earlier runs have answered, killed ones included. 10^7 answers take 0.5 GB.
+    """Know what earlier runs have answered, killed ones included.
 
-    An answer counts for the same `fingerprint` (keys.answer_fingerprint: model, compression and
-    answer settings in one), video and prompt. A file that cannot be read is in `unreadable`: its
-    questions are asked again.
+    A question is answered when the row that readers see for it is an answer to the same prompt,
+    with the same `fingerprint` (keys.answer_fingerprint: model, compression and answer settings in
+    one). So the readers' view is right also when a setting or an object goes back to what it was.
+    A file that cannot be read is in `unreadable`: its questions are asked again.
     """
 
     def __init__(self, storage: Storage, output: str, *, fingerprint: str) -> None:
         """Read the columns that say so from all answers files of the output."""
         files = find_files(output, storage)
         self.unreadable: list[str] = []
-        asks: list[bytes] = []
-        self._attempts: dict[str, int] = {}
+        tables = [_SEEN.empty_table()]
         uris = [uri for uri in (*files.committed, *files.orphans) if _is_answers(uri)]
         with ThreadPoolExecutor(_READERS) as pool:
-            read = pool.map(lambda uri: _read_done(storage, uri, fingerprint), uris)
-            for uri, done in zip(uris, read, strict=True):
-                if done is None:
+            read = pool.map(lambda uri: _read_seen(storage, uri, fingerprint), uris)
+            for uri, table in zip(uris, read, strict=True):
+                if table is None:
                     self.unreadable.append(uri)
-                    continue
-                asks.append(done[0])
-                for key, attempts in done[1]:
-                    self._attempts[key] = max(self._attempts.get(key, 0), attempts)
-        self._answered = key_index.KeyIndex(np.frombuffer(b"".join(asks), key_index.KEY))
+                else:
+                    tables.append(table)
         self.orphans = [uri for uri in files.orphans if uri not in self.unreadable]
+        seen = pa.concat_tables(tables)
+        own = seen.column("own")
+        ok = pc.equal(seen.column("status"), "ok")
+        self._attempts: dict[str, int] = {}
+        failed = seen.filter(pc.and_not(own, ok)).select(["video_key", "attempts"])
+        for key, attempts in zip(*(column.to_pylist() for column in failed.columns), strict=True):
+            self._attempts[key] = max(self._attempts.get(key, 0), attempts)
+        # What readers see is settled among all rows, those of other settings included.
+        seen = _latest(_current(seen))
+        done = seen.filter(pc.and_(seen.column("own"), pc.equal(seen.column("status"), "ok")))
+        asks = b"".join(done.column("ask").to_pylist())
+        self._answered = key_index.KeyIndex(np.frombuffer(asks, key_index.KEY))
 
     def __len__(self) -> int:
         """Return the number of questions that have been answered."""
@@ -226,24 +235,38 @@ class AnswerIndex:
         return [self._attempts.get(key, 0) for key in video_keys]
 
 
-_DONE = ("video_key", "prompt_id", "prompt", "status", "attempts", "fingerprint")
+# The columns that settle what readers see; 10^7 rows of them take 3 GB while they are read.
+_SEEN = pa.schema(
+    [
+        *(
+            rows.ANSWERS.field(name)
+            for name in (
+                "video_key",
+                "uri",
+                "prompt_id",
+                "status",
+                "error_stage",
+                "attempts",
+                "created_at",
+            )
+        ),
+        ("own", pa.bool_()),  # of the fingerprint in question
+        ("ask", pa.binary(32)),
+    ]
+)
 
 
-def _read_done(
-    storage: Storage, uri: str, fingerprint: str
-) -> tuple[bytes, list[tuple[str, int]]] | None:
-    """Return the answered questions of a file as ask keys, end to end, and the failed attempts."""
+def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:
+    stored = [name for name in _SEEN.names if name in rows.ANSWERS.names]
+    columns = [*stored, "prompt", "fingerprint"]
     try:
-        table = read_table(storage, uri, _DONE).select(_DONE)
+        table = read_table(storage, uri, columns).select(columns)
     except (*_UNREADABLE, StorageError) as error:
         log.warning("answers file %s cannot be read, it is left out: %s", uri, error)
         return None
-    table = table.filter(pc.equal(table.column("fingerprint"), fingerprint))
-    answered, failed = [], []
-    columns = [table.column(name).to_pylist() for name in _DONE[:-1]]
-    for key, prompt_id, prompt, status, attempts in zip(*columns, strict=True):
-        if status == "ok":
-            answered.append(ask_key(key, prompt_id, prompt))
-        else:
-            failed.append((key, attempts))
-    return b"".join(answered), failed
+    asked = (table.column(name).to_pylist() for name in ("video_key", "prompt_id", "prompt"))
+    asks = [ask_key(*ask) for ask in zip(*asked, strict=True)]
+    own = pc.equal(table.column("fingerprint"), fingerprint)
+    return pa.table(
+        [*table.select(stored).columns, own, pa.array(asks, pa.binary(32))], schema=_SEEN
+    )

@@ -222,12 +222,34 @@ def test_readers_see_what_a_slow_reader_sees(
 
 
 def test_answers_of_other_settings_are_not_done(tmp_path: Path) -> None:
-    _write(
-        tmp_path, "run-1", [_answer("a", "p", fingerprint="f"), _answer("b", "p", fingerprint="g")]
-    )
+    answers = [_answer("a", "p", fingerprint="f"), _answer("b", "p", fingerprint="g")]
+    _write(tmp_path, "run-1", answers)
     for fingerprint, done in (("f", [True, False]), ("g", [False, True]), ("h", [False, False])):
         index = _index(tmp_path, fingerprint)
         assert [_answered(index, key, "p") for key in "ab"] == done
+
+
+def test_settings_that_go_back_are_asked_again_for_readers_see_the_others(tmp_path: Path) -> None:
+    _write(tmp_path, "run-1", [_answer("a", "p", fingerprint="f")])
+    _write(tmp_path, "run-2", [_answer("a", "p", at=1, fingerprint="g")])
+    assert not _answered(_index(tmp_path, "f"), "a", "p")
+    assert _answered(_index(tmp_path, "g"), "a", "p")
+
+
+def test_a_failure_with_other_settings_takes_no_answer_away(tmp_path: Path) -> None:
+    _write(tmp_path, "run-1", [_answer("a", "p", fingerprint="f")])
+    _write(tmp_path, "run-2", [_failure("a", "p", at=1, fingerprint="g", attempts=3)])
+    assert _answered(_index(tmp_path, "f"), "a", "p")
+    index = _index(tmp_path, "g")
+    assert not _answered(index, "a", "p")
+    assert index.attempts([_answer("a", "p")["video_key"]]) == [3]
+
+
+def test_an_object_that_goes_back_is_asked_again(tmp_path: Path) -> None:
+    _write(tmp_path, "run-1", [_answer("a1", "p")])
+    _write(tmp_path, "run-2", [_answer("a2", "p", at=1)])
+    index = _index(tmp_path)
+    assert [_answered(index, key, "p") for key in ("a1", "a2")] == [False, True]
 
 
 def test_an_unreadable_answers_file_is_reported_asked_again_and_not_adopted(tmp_path: Path) -> None:
