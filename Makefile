@@ -38,7 +38,7 @@ fix: $(READY)  ## let ruff repair and format what it can, and renew the README's
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv with every dependency, a few minutes the first time"
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 13) or sys.exit("Python 3.11 or 3.12 is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
-	@$(PYTHON) -m venv --clear --without-pip .venv
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear --without-pip .venv
 	@$(PYTHON) -m pip --python $(BIN)/python install --disable-pip-version-check --progress-bar off \
 		--constraint constraints.txt pip --editable '.[dev]' | $(NEWS)
 	@touch $@

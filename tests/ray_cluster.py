@@ -1,0 +1,164 @@
+"""A Ray cluster of one node on loopback, with token authentication on, as `ray job` meets it."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_START_DEADLINE_S = 90.0
+_STOP_DEADLINE_S = 20.0
+_RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the dashboard is, and the variables a client needs to be let in."""
+
+    dashboard_url: str
+    environment: Mapping[str, str]
+
+    def submit(
+        self,
+        entrypoint: Sequence[str],
+        *,
+        working_dir: Path,
+        timeout_s: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `ray job submit` until the job ends; its exit status tells whether it succeeded.
+
+        `environment` replaces the client's own, to see what a client without a token is told.
+        """
+        return subprocess.run(
+            [
+                *_RAY,
+                *("job", "submit", "--address", self.dashboard_url),
+                *("--working-dir", str(working_dir), "--", *entrypoint),
+            ],
+            env=self.environment if environment is None else environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+
+@contextmanager
+def local_cluster(*, num_cpus: int, object_store_bytes: int = 256 << 20) -> Iterator[Cluster]:
+    """Run a cluster with `num_cpus` slots, whatever the machine has, until the block ends.
+
+    Raises RuntimeError with the end of its log when it does not come up.
+    """
+    # A short path: Ray puts Unix sockets under it, whose names may have 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        port = _free_port()
+        environment = {
+            **_without_ray(os.environ),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_TMPDIR": folder,
+            # Ray turns a loopback address into the machine's own, unless it thinks this a laptop.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # a job's `python` is the one that runs the tests
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        start = [
+            *_RAY,
+            *("start", "--head", "--block", "--disable-usage-stats"),
+            *("--node-ip-address", "127.0.0.1", "--port", str(_free_port())),
+            *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)),
+            *("--dashboard-agent-listen-port", "0", "--ray-client-server-port", str(_free_port())),
+            *("--num-cpus", str(num_cpus), "--object-store-memory", str(object_store_bytes)),
+            *("--temp-dir", folder),
+        ]
+        log = Path(folder) / "start.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                start,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        cluster = Cluster(f"http://127.0.0.1:{port}", environment)
+        try:
+            _await_jobs(process, cluster, log)
+            yield cluster
+        finally:
+            _end(process, folder)
+
+
+def _await_jobs(process: subprocess.Popen[bytes], cluster: Cluster, log: Path) -> None:
+    """Wait until the job server answers: it comes up seconds after the dashboard."""
+    request = urllib.request.Request(
+        f"{cluster.dashboard_url}/api/jobs/",
+        headers={"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"},
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + _START_DEADLINE_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with opener.open(request, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    raise RuntimeError(f"the Ray cluster did not come up; its log ends:\n{tail}")
+
+
+def _end(process: subprocess.Popen[bytes], folder: str) -> None:
+    """End the head, then whatever of the cluster outlives it; return when nothing does."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_STOP_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + _STOP_DEADLINE_S
+    while (left := _members(process.pid, folder)) and time.monotonic() < deadline:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    assert not left, f"processes of the cluster that cannot be ended: {left}"
+
+
+def _members(session: int, folder: str) -> list[int]:
+    """Return the living processes of a cluster.
+
+    Ray's own stay in the head's session, but overwrite their environment with a title; a job has a
+    session of its own, but keeps its environment, in which `folder` is the RAY_TMPDIR.
+    """
+    marker = f"RAY_TMPDIR={folder}".encode()
+    members = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            inside = int(sid) == session or marker in (entry / "environ").read_bytes().split(b"\0")
+            if inside and state != "Z":  # an ended one waits for its parent: nothing left to end
+                members.append(int(entry.name))
+    return members
+
+
+def _without_ray(environment: Mapping[str, str]) -> dict[str, str]:
+    """Leave out what would join another cluster."""
+    return {name: value for name, value in environment.items() if not name.startswith("RAY_")}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
