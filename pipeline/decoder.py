@@ -1,8 +1,9 @@
 """Decode one video file, and the child process that does so for `decoder_process`.
 
 The child (`python -m pipeline.decoder ARGUMENTS`) reads one JSON object a line with the path of a
-file, and answers with one line: either what it found, with the frames and the sound in the shared
-file it was given, or an `error_type` and a `message`. It has no credentials and sees no uri.
+file, says that it has taken it, and answers with one line: either what it found, with the frames
+and the sound in the shared file it was given, or an `error_type` and a `message`. It has no
+credentials and sees no uri.
 """
 
 import json
@@ -189,6 +190,7 @@ def main() -> None:
     answers.write(json.dumps({"ready": True}) + "\n")
     while True:
         path = Path(json.loads(requests.get())["path"])
+        answers.write(json.dumps({"taken": True}) + "\n")
         answers.write(json.dumps(_answer(arguments, media, path)) + "\n")
 
 

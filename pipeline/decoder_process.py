@@ -19,6 +19,7 @@ from pipeline.decoder import child_arguments
 from pipeline.media_index import DecodeError
 
 _START_S = 300.0  # importing torch from a cold network disk
+_TAKE_S = 60.0  # an idle child takes a file at once, or it is stuck
 _STDERR_BYTES = 400
 # All that a child gets of the environment: it works on files from strangers, so no credentials.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "HF_HOME")
@@ -96,14 +97,11 @@ class DecoderProcess:
 
     def decode(self, path: Path) -> DecodedBytes:
         """Decode a file. Raises DecodeError for a fault of the file; the next one is unharmed."""
-        request = json.dumps({"path": str(path)}).encode() + b"\n"
         self.start()
-        self._stderr.truncate(0)
-        try:
-            self._tell(request)
-        except BrokenPipeError:  # lost while idle, which is not the fault of this file
+        if not self._offer(path):  # lost while idle, which is not the fault of this file
+            self.stop()
             self.start()
-            self._tell(request)
+            self._offer(path)
         deadline = time.monotonic() + self._limits.deadline_s
         answer = self._hear(deadline)
         if answer is None and time.monotonic() >= deadline:
@@ -143,10 +141,17 @@ class DecoderProcess:
             has_audio=answer["has_audio"],
         )
 
-    def _tell(self, request: bytes) -> None:
+    def _offer(self, path: Path) -> bool:
+        """Hand a file to the child; False when it is not there to take it."""
         assert self._child is not None
-        _pipe(self._child.stdin).write(request)
-        _pipe(self._child.stdin).flush()
+        self._stderr.truncate(0)
+        request = json.dumps({"path": str(path)}).encode() + b"\n"
+        try:
+            _pipe(self._child.stdin).write(request)
+            _pipe(self._child.stdin).flush()
+        except BrokenPipeError:
+            return False
+        return self._hear(time.monotonic() + _TAKE_S) is not None
 
     def _hear(self, deadline: float) -> dict[str, Any] | None:
         """Return the next line, or None when the deadline passes or the child ends."""
