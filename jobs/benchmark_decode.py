@@ -88,9 +88,12 @@ def in_child(title: str, path: Path, aim: str) -> None:
     process.start()
     taken_s = seconds(lambda: process.decode(path))
     status = Path(f"/proc/{process.pid}/status").read_text()
+    ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    cpu_s = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     process.close()
-    print(f"{title:28}{taken_s:8.2f} s   peak {int(peak) / 1e6:.2f} GB   aim: {aim}")
+    taken = f"{taken_s:8.2f} s ({cpu_s:.0f} s CPU)"
+    print(f"{title:28}{taken}   peak {int(peak) / 1e6:.2f} GB   aim: {aim}")
 
 
 def memory(folder: Path) -> None:
