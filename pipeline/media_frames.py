@@ -31,6 +31,9 @@ class FrameReader:
         self._shown: VideoFrame | None = None  # the newest frame at or before the last one wanted
         self._next: VideoFrame | None = None  # the one behind it, when decoding has got there
         self._position = int(index.starts[0])  # where decoding stands, in ticks
+        self._skip_until = self._position  # pictures before it are wanted only as references
+        # H.264 marks the pictures that no other is built on. HEVC's mark is not as strict.
+        self._may_skip = stream.codec_context.name == "h264"
         self._frames = self._decode()
 
     def read(self, number: int) -> VideoFrame:
@@ -43,10 +46,12 @@ class FrameReader:
         skipped = np.searchsorted(self._index.starts, (self._position, key))
         if key > self._position and skipped[1] - skipped[0] > _SEEK_FRAMES:
             self._frames = self._rewind(key)
+        self._skip_until = wanted
         frame = self._forward(wanted)
         if _ticks(frame) != wanted:
             # The seek may have landed late, or its key frame may not have been a clean start.
             self._frames = self._rewind(self._key_before(key - 1))
+            self._skip_until = self._position
             frame = self._forward(wanted) or frame
         lag_s = (wanted - _ticks(frame)) * self._index.tick_s
         if frame is None or lag_s > _MAX_LAG_S:
@@ -79,6 +84,9 @@ class FrameReader:
             for packet in self._container.demux(self._stream):
                 if packet.dts is not None and not packet.size:
                     continue  # an empty packet inside the stream would end the decoder
+                if self._may_skip and packet.pts is not None:
+                    skipped = packet.pts < self._skip_until
+                    self._stream.codec_context.skip_frame = "NONREF" if skipped else "DEFAULT"
                 try:
                     yield from packet.decode()
                 except MemoryError:
