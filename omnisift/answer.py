@@ -50,10 +50,12 @@ class Answerer:
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
-        marks = tokenizer.convert_tokens_to_ids([IM_START, IM_END, END_OF_TEXT])
-        if None in marks or len(set(marks)) < 3:
-            raise ValueError(f"the tokenizer lacks one of {IM_START}, {IM_END}, {END_OF_TEXT}")
-        self._im_start, self._im_end, self._end_of_text = marks
+        vocabulary = tokenizer.get_vocab()
+        missing = [mark for mark in (IM_START, IM_END, END_OF_TEXT) if mark not in vocabulary]
+        if missing:
+            raise ValueError(f"the tokenizer lacks {', '.join(missing)}")
+        self._im_start, self._im_end = vocabulary[IM_START], vocabulary[IM_END]
+        self._end_of_text = vocabulary[END_OF_TEXT]
         # The published chat template: a system turn, then a user turn that opens with the video.
         self._prefix_ids = [
             *self._turn("system", system_prompt),
@@ -149,7 +151,7 @@ class Answerer:
         ends = [i for i, token in enumerate(ids) if token in (self._im_end, self._end_of_text)]
         length = ends[0] if ends else len(ids)
         return Answer(
-            text=self.tokenizer.decode(ids[:length], skip_special_tokens=True).strip(),
+            text=str(self.tokenizer.decode(ids[:length], skip_special_tokens=True)).strip(),
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=length,
             finish_reason="stop" if ends else "length",

@@ -4,7 +4,7 @@ Shapes: C chunks, V video tokens, A audio tokens (both padded), D width, h hidde
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -51,7 +51,7 @@ class AudioSelector(nn.Module):
         key, value = F.linear(video_CVh, key_value_weight, key_value_bias).chunk(2, dim=-1)
 
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+            return x.reshape(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
 
         attended = F.scaled_dot_product_attention(
             heads(query), heads(key), heads(value), attn_mask=video_valid_CV[:, None, None, :]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnisift.layout import Block, ModelLayout, Modality, num_audio_tokens
+from omnisift.layout import Block, Modality, ModelLayout, num_audio_tokens
 from omnisift.media import log_mel, num_mel_frames, patchify
 
 

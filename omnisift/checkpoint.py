@@ -80,19 +80,19 @@ def identity(folder: Path) -> str:
 def _quiet_transformers() -> Iterator[None]:
     # It warns of ids of the speech half, which is not loaded, and reports the layers left out
     # on purpose; what does not fit is an error of ours.
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    settings: Any = logging
+    verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        settings.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            settings.enable_progress_bar()
 
 
-def _thinker_config(folder: Path) -> Qwen2_5OmniThinkerConfig:
+def _thinker_config(folder: Path) -> Any:
     try:
         with _quiet_transformers():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -126,7 +126,7 @@ def load_backbone(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         with _quiet_transformers():
-            model, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            loaded: Any = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -136,6 +136,7 @@ def load_backbone(
             )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    model, info = loaded
     _refuse_misfits(folder, info, part)
     return Backbone(model.to(device))
 

@@ -1,10 +1,10 @@
-"""STVP, spatio-temporal video pruning: how replaceable is each video token? (method.md, 2)
+"""STVP, spatio-temporal video pruning: how replaceable is each video token?
 
 Shapes: C chunks, N tokens of a grid (padded), D width.
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,7 +17,7 @@ def spatial_similarity(grid_CND: Tensor, valid_CN: Tensor) -> Tensor:
 
 
 def temporal_similarity(second_CND: Tensor, first_CND: Tensor) -> Tensor:
-    """Return the cosine, float32 [C, N], of each token with its twin in the unpruned grid before."""
+    """Return the cosine, float32 [C, N], of each token with its twin, unpruned, a grid before."""
     return F.cosine_similarity(second_CND.float(), first_CND.float(), dim=-1)
 
 

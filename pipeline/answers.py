@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import key_index, rows
 from pipeline.errors import StartupError
 from pipeline.keys import plain
+from pipeline.parquet import count_rows, read_columns
+from pipeline.retry import is_given_up
 from pipeline.storage import Storage, StorageError, join
 
 log = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ def commit(storage: Storage, output: str, run_id: str, orphans: Sequence[str] = 
     files = [*own, *(uri for uri in orphans if uri not in own)]
     with ThreadPoolExecutor(_READERS) as pool:
         lengths = dict(
-            zip(files, pool.map(lambda uri: _num_rows(storage, uri), files), strict=True)
+            zip(files, pool.map(lambda uri: count_rows(storage, uri), files), strict=True)
         )
     answers = [uri for uri in files if _is_answers(uri)]
     done = Commit(
@@ -121,17 +123,6 @@ def _is_answers(uri: str) -> bool:
     return uri.rpartition("/")[2].startswith("answers-")
 
 
-def _num_rows(storage: Storage, uri: str) -> int:
-    with storage.open(uri) as file:
-        return int(pq.read_metadata(pa.PythonFile(file, mode="r")).num_rows)
-
-
-def read_table(storage: Storage, uri: str, columns: Sequence[str]) -> pa.Table:
-    """Read columns of one Parquet file."""
-    with storage.open(uri) as file:
-        return pq.read_table(pa.PythonFile(file, mode="r"), columns=list(columns))
-
-
 def read_answers(output: str, storage: Storage, *, committed_only: bool = True) -> pa.Table:
     """Return what readers see: one row of rows.ANSWERS for each (video_key, prompt_id).
 
@@ -144,7 +135,7 @@ def read_answers(output: str, storage: Storage, *, committed_only: bool = True) 
     uris = [*files.committed, *(() if committed_only else files.orphans)]
     uris = [uri for uri in uris if _is_answers(uri)]
     with ThreadPoolExecutor(_READERS) as pool:
-        tables = pool.map(lambda uri: read_table(storage, uri, rows.ANSWERS.names), uris)
+        tables = pool.map(lambda uri: read_columns(storage, uri, rows.ANSWERS.names), uris)
         table = pa.concat_tables([rows.ANSWERS.empty_table(), *tables])
     return _latest(_current(table))
 
@@ -184,17 +175,32 @@ def ask_key(video_key: str, prompt_id: str, prompt: str) -> bytes:
     return hashlib.sha256(json.dumps([video_key, prompt_id, prompt]).encode()).digest()
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a video is not tried again."""
+
+    stage: str
+    error_type: str
+    message: str
+
+
 class AnswerIndex:
-    """Know what earlier runs have answered, killed ones included.
+    """Know what earlier runs have answered or given up, killed ones included.
 
     A question is answered when the row that readers see for it is an answer to the same prompt,
     with the same `fingerprint` (keys.answer_fingerprint: model, compression and answer settings in
     one). So the readers' view is right also when a setting or an object goes back to what it was.
-    A file that cannot be read is in `unreadable`: its questions are asked again.
+    What is given up is up to pipeline.retry. A file that cannot be read is in `unreadable`: its
+    questions are asked again.
     """
 
-    def __init__(self, storage: Storage, output: str, *, fingerprint: str) -> None:
-        """Read the columns that say so from all answers files of the output."""
+    def __init__(
+        self, storage: Storage, output: str, *, fingerprint: str, max_attempts: int = 3
+    ) -> None:
+        """Read the columns that say so from all answers files of the output.
+
+        `max_attempts` is `retry.max_attempts`; 0 gives nothing up.
+        """
         files = find_files(output, storage)
         self.unreadable: list[str] = []
         tables = [_SEEN.empty_table()]
@@ -211,14 +217,25 @@ class AnswerIndex:
         own = seen.column("own")
         ok = pc.equal(seen.column("status"), "ok")
         self._attempts: dict[str, int] = {}
-        failed = seen.filter(pc.and_not(own, ok)).select(["video_key", "attempts"])
-        for key, attempts in zip(*(column.to_pylist() for column in failed.columns), strict=True):
-            self._attempts[key] = max(self._attempts.get(key, 0), attempts)
+        self._given_up: dict[str, Failure] = {}
+        self._asks_given_up: set[bytes] = set()
+        for row in seen.filter(pc.and_not(own, ok)).to_pylist():
+            self._remember(row, max_attempts)
         # What readers see is settled among all rows, those of other settings included.
         seen = _latest(_current(seen))
         done = seen.filter(pc.and_(seen.column("own"), pc.equal(seen.column("status"), "ok")))
         asks = b"".join(done.column("ask").to_pylist())
         self._answered = key_index.KeyIndex(np.frombuffer(asks, key_index.KEY))
+
+    def _remember(self, row: dict[str, Any], max_attempts: int) -> None:
+        key, attempts = row["video_key"], row["attempts"]
+        self._attempts[key] = max(self._attempts.get(key, 0), attempts)
+        if max_attempts and is_given_up(row["error_type"], attempts, max_attempts=max_attempts):
+            self._asks_given_up.add(row["ask"])
+            if row["error_stage"] != "answer":  # which fails a prompt, not the video
+                self._given_up[key] = Failure(
+                    row["error_stage"], row["error_type"], row["error_message"]
+                )
 
     def __len__(self) -> int:
         """Return the number of questions that have been answered."""
@@ -229,6 +246,14 @@ class AnswerIndex:
         digests = b"".join(ask_key(*ask) for ask in asks)
         found = self._answered.find(np.frombuffer(digests, key_index.KEY))
         return found >= 0
+
+    def given_up(self, video_key: str) -> Failure | None:
+        """Return why a video is not tried again; None: it is."""
+        return self._given_up.get(video_key)
+
+    def ask_given_up(self, video_key: str, prompt_id: str, prompt: str) -> bool:
+        """Say whether a question already has the failure that it would get again."""
+        return ask_key(video_key, prompt_id, prompt) in self._asks_given_up
 
     def attempts(self, video_keys: Sequence[str]) -> list[int]:
         """Return how often each video has been tried and has failed."""
@@ -246,6 +271,8 @@ _SEEN = pa.schema(
                 "prompt_id",
                 "status",
                 "error_stage",
+                "error_type",
+                "error_message",
                 "attempts",
                 "created_at",
             )
@@ -260,7 +287,7 @@ def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:
     stored = [name for name in _SEEN.names if name in rows.ANSWERS.names]
     columns = [*stored, "prompt", "fingerprint"]
     try:
-        table = read_table(storage, uri, columns).select(columns)
+        table = read_columns(storage, uri, columns).select(columns)
     except (*_UNREADABLE, StorageError) as error:
         log.warning("answers file %s cannot be read, it is left out: %s", uri, error)
         return None

@@ -58,9 +58,7 @@ class MediaConfig:
             f"at least media.min_pixels ({self.min_pixels})",
             self.max_pixels,
         )
-        _require(
-            0 < self.max_audio_s <= 300, "media.max_audio_s", "in (0, 300]", self.max_audio_s
-        )
+        _require(0 < self.max_audio_s <= 300, "media.max_audio_s", "in (0, 300]", self.max_audio_s)
         _require(
             self.timestamps in ("true", "nominal"),
             "media.timestamps",
@@ -173,10 +171,10 @@ class PoolsConfig:
     decode_cpus: float = _key(1.0, "CPUs of a decoding actor")
     compress_actors: int = _key(0, "compressing actors; 0: one a GPU, or one without GPUs")
     compress_cpus: float = _key(0.25, "CPUs of a compressing actor")
-    compress_gpus: float = _key(-1.0, "GPUs of a compressing actor; -1: half of one if there is any")
+    compress_gpus: float = _key(-1.0, "GPUs of a compressing actor; -1: half, if there is any")
     answer_actors: int = _key(0, "answering actors; 0: one a GPU, or one without GPUs")
     answer_cpus: float = _key(0.25, "CPUs of an answering actor")
-    answer_gpus: float = _key(-1.0, "GPUs of an answering actor; -1: half of one if there is any")
+    answer_gpus: float = _key(-1.0, "GPUs of an answering actor; -1: half, if there is any")
     cache_actors: int = _key(0, "actors that write or read the cache; 0: one for each compressor")
     cache_cpus: float = _key(0.1, "CPUs of a cache actor")
 
@@ -191,7 +189,7 @@ class PoolsConfig:
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """How the object store is reached. Credentials come from the environment, as boto3 finds them."""
+    """How the object store is reached. boto3 finds the credentials (environment, role, profile)."""
 
     endpoint_url: str = _key("", "S3 endpoint; empty: AWS_ENDPOINT_URL or Amazon's own")
     attempts: int = _key(6, "tries of one request before its video fails")
@@ -201,6 +199,18 @@ class StorageConfig:
         """Refuse to try never."""
         _require(self.attempts >= 1, "storage.attempts", "at least 1", self.attempts)
         _require(self.timeout_s > 0, "storage.timeout_s", "positive", self.timeout_s)
+
+
+@dataclass(frozen=True)
+class RetryConfig:
+    """What the next run tries again; pipeline/retry.py says which failure is of which kind."""
+
+    max_attempts: int = _key(3, "runs that try a video that crashes, hangs or does not fit")
+    failed: bool = _key(False, "try also what failed for good or too often")
+
+    def __post_init__(self) -> None:
+        """Refuse to try never."""
+        _require(self.max_attempts >= 1, "retry.max_attempts", "at least 1", self.max_attempts)
 
 
 @dataclass(frozen=True)
@@ -220,6 +230,7 @@ class CaptionConfig:
     answer: AnswerConfig = _key(AnswerConfig(), "")
     pools: PoolsConfig = _key(PoolsConfig(), "")
     storage: StorageConfig = _key(StorageConfig(), "")
+    retry: RetryConfig = _key(RetryConfig(), "")
 
     def __post_init__(self) -> None:
         """Refuse a job without a corpus or a place for its answers."""
@@ -231,3 +242,21 @@ class CaptionConfig:
     def cache_root(self) -> str:
         """Return the prefix of the token cache, without a slash at its end."""
         return (self.cache.path or f"{self.output.rstrip('/')}/cache").rstrip("/")
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Which answers `jobs/show_answers.py` prints."""
+
+    output: str = _key("", "s3:// or local prefix that a job wrote its answers to")
+    status: str = _key("", "only these: ok or failed")
+    run: str = _key("", "only those of this run id")
+    prompt: str = _key("", "only those to this prompt")
+    limit: int = _key(1000, "answers printed at most")
+    storage: StorageConfig = _key(StorageConfig(), "")
+
+    def __post_init__(self) -> None:
+        """Refuse an output that is not named and a status there is not."""
+        _require(bool(self.output), "output", "a prefix to read from", self.output)
+        _require(self.status in ("", "ok", "failed"), "status", "ok or failed", self.status)
+        _require(self.limit >= 1, "limit", "at least 1", self.limit)

@@ -109,7 +109,7 @@ _Line = tuple[int, Mapping[str, Any] | str]
 
 
 def _parquet(file: Any) -> Iterator[_Line]:
-    part = pq.ParquetFile(pa.PythonFile(file, mode="r"))
+    part = pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=False)
     schema = part.schema_arrow
     names = [name for name in _COLUMNS if name in schema.names]
     if "uri" not in names:

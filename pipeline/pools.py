@@ -65,7 +65,7 @@ def size_pools(config: PoolsConfig) -> Pools:
     Raises StartupError, with the sums, when the smallest pools do not fit: Ray would wait for
     ever for room that never comes.
     """
-    cluster = ray.cluster_resources()
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
     models = max(1, math.floor(gpus))
 

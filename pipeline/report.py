@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import rows
-from pipeline.answers import find_run_files, read_table
+from pipeline.answers import find_run_files
 from pipeline.keys import plain
+from pipeline.parquet import read_columns
 from pipeline.stages.source import WorkCounts
 from pipeline.storage import Storage, join
 
@@ -117,7 +118,7 @@ def make_report(
         stages=[_stage(stage, videos, actors.get(stage, 1)) for stage in STAGES],
         warnings=list(warnings),
         examples=_examples(bad),
-        see_failures=f"python jobs/show_failures.py output={output} run={run_id}",
+        see_failures=f"python jobs/show_answers.py output={output} status=failed run={run_id}",
     )
 
 
@@ -140,6 +141,7 @@ def render(report: Report) -> str:
         f"  done in this run           {report.videos_ok:>10,}",
         f"    of them from the cache   {report.cache_hits:>10,}  (not decoded, not compressed)",
         f"  failed in this run         {report.videos_failed:>10,}",
+        f"  given up by earlier runs   {source.given_up:>10,}  (retry.failed=true tries again)",
         f"answers written              {report.answers_ok:>10,}",
         f"answers already there        {source.prompts_answered:>10,}",
     ]
@@ -205,7 +207,7 @@ def _distinct(
 ) -> pa.Table:
     """Return the rows of a kind of file, one for each identity: a repeated task wrote it again."""
     own = [uri for uri in files if uri.rpartition("/")[2].startswith(kind)]
-    tables = [read_table(storage, uri, schema.names).cast(schema) for uri in own]
+    tables = [read_columns(storage, uri, schema.names).cast(schema) for uri in own]
     table = pa.concat_tables([schema.empty_table(), *tables])
     place = pa.array(np.arange(table.num_rows))
     placed = table.select(identity).append_column("place", place)

@@ -7,6 +7,7 @@ All types are plain Arrow, so that DuckDB, Polars and pandas read every file the
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 PROMPT = pa.struct([("prompt_id", pa.string()), ("prompt", pa.string())])
@@ -143,18 +144,24 @@ VIDEOS = pa.schema(
 
 
 def iterate(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a block as dicts; large binaries stay zero-copy buffers (`pa.Buffer`)."""
-    columns = {
-        name: table.column(name).combine_chunks() if table.num_rows else table.column(name)
-        for name in table.column_names
-    }
-    for index in range(table.num_rows):
-        row = {}
-        for name, column in columns.items():
-            scalar = column[index]
-            large = pa.types.is_large_binary(scalar.type)
-            row[name] = scalar.as_buffer() if large and scalar.is_valid else scalar.as_py()
-        yield row
+    """Yield the rows of a block as dicts; large binaries are views of the block, not copies."""
+    for batch in table.to_batches():
+        columns = [
+            _views(column) if pa.types.is_large_binary(column.type) else column.to_pylist()
+            for column in batch.columns
+        ]
+        for values in zip(*columns, strict=True):
+            yield dict(zip(batch.schema.names, values, strict=True))
+
+
+def _views(column: pa.LargeBinaryArray) -> Iterator[memoryview | None]:
+    _, offsets, data = column.buffers()
+    for index in range(len(column)):
+        if not column[index].is_valid:
+            yield None
+            continue
+        start, end = np.frombuffer(offsets, np.int64)[column.offset + index :][:2]
+        yield memoryview(data)[start:end] if data else memoryview(b"")
 
 
 def build(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

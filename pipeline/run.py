@@ -4,8 +4,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset
 
@@ -16,7 +17,7 @@ from pipeline.errors import StartupError
 from pipeline.plan import plan
 from pipeline.pools import size_pools
 from pipeline.report import Report, make_report, write_report
-from pipeline.settings import Settings, make_settings
+from pipeline.settings import make_settings
 from pipeline.stages.source import WorkList, list_work
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,12 @@ def caption_corpus(config: CaptionConfig, say: Callable[[str], None] = print) ->
     pools = size_pools(config.pools)
     run = make_settings(config, folder, selector, uses_gpu=pools.uses_gpu)
     token_cache.write_fingerprint(run.storage, run.cache_folder, run.ingredients)
-    done = answers.AnswerIndex(run.storage, run.output, fingerprint=run.answer_fingerprint)
+    done = answers.AnswerIndex(
+        run.storage,
+        run.output,
+        fingerprint=run.answer_fingerprint,
+        max_attempts=0 if config.retry.failed else config.retry.max_attempts,
+    )
     cached = token_cache.CacheIndex(run.storage, run.cache_folder)
     work = list_work(config, run.storage, done=done, cached=cached, folder=run.run_folder)
     counts = work.counts
@@ -49,7 +55,7 @@ def caption_corpus(config: CaptionConfig, say: Callable[[str], None] = print) ->
     say(
         f"run {run.run_id}: {counts.videos} videos: {counts.fresh} to decode and compress, "
         f"{counts.cached} in the cache, {counts.answered} answered already, "
-        f"{counts.failed} cannot be read"
+        f"{counts.failed} cannot be read, {counts.given_up} given up by earlier runs"
     )
     if work.fresh or work.cached or work.failed:
         _configure_ray_data()
@@ -88,15 +94,18 @@ def start_ray() -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=True)
     else:
-        ray.init(include_dashboard=False, logging_level="WARNING")
+        ray.init(include_dashboard=False, logging_level=logging.ERROR)
 
 
 def _configure_ray_data() -> None:
     context = DataContext.get_current()
     context.max_errored_blocks = 0  # it would drop whole blocks; stages turn bad data into rows
     context.max_consecutive_actor_init_deaths = 3  # a node that dies while a model loads
+    context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []  # would advise on every operator's memory
     # Bars for a person; a log gets the plain lines of _stream.
     context.enable_progress_bars = sys.stderr.isatty()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _stream(dataset: Dataset, work: WorkList, say: Callable[[str], None]) -> None:
@@ -104,7 +113,8 @@ def _stream(dataset: Dataset, work: WorkList, say: Callable[[str], None]) -> Non
     total = work.counts.fresh + work.counts.cached + work.counts.failed
     done = failed = 0
     start = news = time.monotonic()
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+    blocks: Iterable[pa.Table] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    for block in blocks:
         done += sum(block.column("num_videos").to_pylist())
         failed += sum(block.column("num_failed_videos").to_pylist())
         now = time.monotonic()

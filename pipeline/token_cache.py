@@ -8,9 +8,8 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline import key_index, keys, rows
 from pipeline.errors import StartupError
+from pipeline.parquet import read_columns
 from pipeline.storage import Storage, StorageError, join
 
 log = logging.getLogger(__name__)
@@ -94,14 +94,6 @@ def write_part(storage: Storage, folder: str, run_id: str, block: pa.Table) -> s
     return uri
 
 
-@contextmanager
-def open_part(storage: Storage, uri: str) -> Iterator[pq.ParquetFile]:
-    """Open a file of the cache; its row groups are read in few ranged requests."""
-    with storage.open(uri) as file:
-        source = pa.PythonFile(file, mode="r")
-        yield pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
-
-
 def read_row(part: pq.ParquetFile, row: int) -> pa.Table:
     """Return row `row` of a file of the cache as a table of one row, verified.
 
@@ -111,7 +103,11 @@ def read_row(part: pq.ParquetFile, row: int) -> pa.Table:
     for group in range(part.metadata.num_row_groups):
         length = part.metadata.row_group(group).num_rows
         if row < skipped + length:
-            table = part.read_row_group(group).slice(row - skipped, 1).select(rows.CACHED.names)
+            table = (
+                part.read_row_group(group, use_threads=False)
+                .slice(row - skipped, 1)
+                .select(rows.CACHED.names)
+            )
             _verify(table)
             return table.cast(rows.CACHED)
         skipped += length
@@ -226,10 +222,7 @@ def _read_keys(
     storage: Storage, uri: str
 ) -> tuple[str, tuple[key_index.Keys, key_index.Integers] | None]:
     try:
-        with storage.open(uri) as file:
-            table = pq.read_table(
-                pa.PythonFile(file, mode="r"), columns=["video_key", "created_at"]
-            )
+        table = read_columns(storage, uri, ["video_key", "created_at"])
         if table.column_names != ["video_key", "created_at"]:
             raise ValueError("it has no video_key or no created_at")
         created = table.column("created_at").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from pipeline.parquet import count_rows, read_columns
 from pipeline.storage import Storage
 
 _MAX_BLOCKS = 20_000  # of a run: each is a task the driver keeps track of
@@ -27,11 +27,14 @@ class _WorkReader(Datasource):
     def __init__(self, storage: Storage, files: Iterable[str], rows_per_block: int) -> None:
         self._tasks: list[tuple[str, int, int]] = []
         for file in files:
-            with storage.open(file) as handle:
-                total = pq.read_metadata(pa.PythonFile(handle, mode="r")).num_rows
+            total = count_rows(storage, file)
             starts = range(0, total, rows_per_block)
             self._tasks += [(file, start, min(rows_per_block, total - start)) for start in starts]
         self._storage = storage
+
+    def get_name(self) -> str:
+        """Return what progress and statistics call the operator."""
+        return "WorkList"
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -50,9 +53,7 @@ class _WorkReader(Datasource):
         return [
             ReadTask(
                 partial(_read_rows, self._storage, file, start, length),
-                BlockMetadata(
-                    num_rows=length, size_bytes=None, input_files=[file], exec_stats=None
-                ),
+                BlockMetadata(num_rows=length, size_bytes=None, input_files=None, exec_stats=None),
                 per_task_row_limit=per_task_row_limit,
             )
             for file, start, length in self._tasks
@@ -60,8 +61,7 @@ class _WorkReader(Datasource):
 
 
 def _read_rows(storage: Storage, file: str, start: int, length: int) -> list[pa.Table]:
-    with storage.open(file) as handle:
-        return [pq.read_table(pa.PythonFile(handle, mode="r")).slice(start, length)]
+    return [read_columns(storage, file).slice(start, length)]
 
 
 def read_work(
@@ -75,6 +75,7 @@ def read_work(
     rows_per_block = min(16, num_rows // (4 * num_actors))
     rows_per_block = max(1, rows_per_block, math.ceil(num_rows / _MAX_BLOCKS))
     reader = _WorkReader(storage, files, rows_per_block)
-    return ray.data.read_datasource(
+    dataset: ray.data.Dataset = ray.data.read_datasource(
         reader, override_num_blocks=len(reader), num_cpus=_READ_CPUS
     )
+    return dataset

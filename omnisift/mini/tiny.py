@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
-    Qwen2TokenizerFast,
+    Qwen2Tokenizer,
 )
 
 from omnisift.audio_selection import AudioSelector
@@ -37,43 +37,47 @@ _WIDTH = 64
 def tiny_config() -> Qwen2_5OmniThinkerConfig:
     """Return the thinker's configuration: every kind of layer of the published one, twice."""
     ids = {name: 256 + index for index, name in enumerate(_SPECIAL_TOKENS)}
-    return Qwen2_5OmniThinkerConfig(
-        audio_config={
-            "d_model": 48,
-            "encoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 96,
-            "output_dim": _WIDTH,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_heads": 4,
-            "out_hidden_size": _WIDTH,
-            "fullatt_block_indexes": [1],
-        },
-        text_config={
-            "vocab_size": 256 + len(_SPECIAL_TOKENS),
-            "hidden_size": _WIDTH,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1_000_000.0,
-                "mrope_section": [2, 3, 3],
+    config = Qwen2_5OmniThinkerConfig.from_dict(
+        {
+            "audio_config": {
+                "d_model": 48,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "encoder_ffn_dim": 96,
+                "output_dim": _WIDTH,
             },
-        },
-        audio_token_index=ids["<|AUDIO|>"],
-        image_token_index=ids["<|IMAGE|>"],
-        video_token_index=ids["<|VIDEO|>"],
-        audio_start_token_id=ids["<|audio_bos|>"],
-        audio_end_token_id=ids["<|audio_eos|>"],
-        vision_start_token_id=ids["<|vision_bos|>"],
-        vision_end_token_id=ids["<|vision_eos|>"],
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 48,
+                "intermediate_size": 96,
+                "num_heads": 4,
+                "out_hidden_size": _WIDTH,
+                "fullatt_block_indexes": [1],
+            },
+            "text_config": {
+                "vocab_size": 256 + len(_SPECIAL_TOKENS),
+                "hidden_size": _WIDTH,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1_000_000.0,
+                    "mrope_section": [2, 3, 3],
+                },
+            },
+            "audio_token_index": ids["<|AUDIO|>"],
+            "image_token_index": ids["<|IMAGE|>"],
+            "video_token_index": ids["<|VIDEO|>"],
+            "audio_start_token_id": ids["<|audio_bos|>"],
+            "audio_end_token_id": ids["<|audio_eos|>"],
+            "vision_start_token_id": ids["<|vision_bos|>"],
+            "vision_end_token_id": ids["<|vision_eos|>"],
+        }
     )
+    assert isinstance(config, Qwen2_5OmniThinkerConfig)
+    return config
 
 
 def published_name(name: str) -> str:
@@ -123,9 +127,9 @@ def write_tiny_model(folder: Path, *, seed: int = 0, selector: bool = False) -> 
     return folder
 
 
-def _tokenizer() -> Qwen2TokenizerFast:
+def _tokenizer() -> Qwen2Tokenizer:
     alphabet = sorted(ByteLevel.alphabet())
-    return Qwen2TokenizerFast(
+    return Qwen2Tokenizer(
         vocab={symbol: index for index, symbol in enumerate(alphabet + list(_SPECIAL_TOKENS))},
         merges=[],
         additional_special_tokens=list(_SPECIAL_TOKENS),

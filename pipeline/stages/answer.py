@@ -53,16 +53,7 @@ class Answer:
         for video in videos:
             asked = video["prompts"] if video["error_type"] is None else []
             answers.append([{"prompt_id": prompt["prompt_id"]} for prompt in asked])
-            kept = _kept_tokens(video) if asked else None
-            for answer, prompt in zip(answers[-1], asked, strict=True):
-                try:
-                    batch.append((answer, self.answerer.build_prompt(kept, prompt["prompt"])))
-                except TooLongError as error:
-                    answer["error_type"] = "too_long"
-                    answer["error_message"] = (
-                        f"{video['uri']}, prompt {prompt['prompt_id']}: {error}; shorten the "
-                        "prompt, lower answer.max_new_tokens or cut the video"
-                    )
+            batch += self._prompts(video, asked, answers[-1])
         self._answer(batch)
         spent = (time.perf_counter() - start) / max(1, len(batch))
         return rows.build(
@@ -72,6 +63,25 @@ class Answer:
             ],
             rows.ANSWERED,
         )
+
+    def _prompts(
+        self, video: dict[str, Any], asked: list[dict[str, str]], answers: list[dict[str, Any]]
+    ) -> list[tuple[dict[str, Any], Prompt]]:
+        """Return the prompts of a video with the answers to fill in; too long ones fail here."""
+        if not asked:
+            return []
+        kept = _kept_tokens(video)
+        prompts = []
+        for answer, prompt in zip(answers, asked, strict=True):
+            try:
+                prompts.append((answer, self.answerer.build_prompt(kept, prompt["prompt"])))
+            except TooLongError as error:
+                answer["error_type"] = "too_long"
+                answer["error_message"] = (
+                    f"{video['uri']}, prompt {prompt['prompt_id']}: {error}; shorten the "
+                    "prompt, lower answer.max_new_tokens or cut the video"
+                )
+        return prompts
 
     def _answer(self, batch: list[tuple[dict[str, Any], Prompt]]) -> None:
         """Fill in the answers; a batch that does not fit the GPU is halved until it does."""

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import rows, token_cache
+from pipeline.parquet import open_parquet
 from pipeline.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class ReadCache:
 
     def _of_file(self, file: str, hits: list[dict[str, Any]]) -> list[pa.Table]:
         try:
-            with token_cache.open_part(self._storage, file) as part:
+            with open_parquet(self._storage, file) as part:
                 return [self._of_row(part, hit) for hit in hits]
         except (StorageError, *token_cache.UNREADABLE) as error:
             return [self._failed(hit, error) for hit in hits]

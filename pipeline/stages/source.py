@@ -29,13 +29,14 @@ _PART = 50_000  # rows of one part file
 
 @dataclass(frozen=True)
 class WorkCounts:
-    """What became of everything the source names: videos = fresh + cached + failed + answered."""
+    """What became of everything the source names; `videos` is the sum of the next five."""
 
     videos: int = 0
     fresh: int = 0  # to decode and compress
     cached: int = 0  # tokens found in the cache
     failed: int = 0  # no such object, forbidden, a broken line
     answered: int = 0  # nothing left to ask
+    given_up: int = 0  # failed before in a way that is not tried again (pipeline.retry)
     prompts: int = 0  # asked in this run, those of failed videos included
     prompts_answered: int = 0  # by earlier runs
     duplicates: int = 0  # asks named more than once, answered once
@@ -94,7 +95,7 @@ def list_work(
         for kind, row in _sorted_out(chunk, done, cached, counts):
             counts.update({kind: 1, "prompts": len(row["prompts"])})
             parts[kind].add(row)
-    counts["videos"] = sum(counts[kind] for kind in (*_SCHEMAS, "answered"))
+    counts["videos"] = sum(counts[kind] for kind in (*_SCHEMAS, "answered", "given_up"))
     files = {kind: parts[kind].close() for kind in _SCHEMAS}
     return WorkList(**files, counts=WorkCounts(**counts))
 
@@ -267,9 +268,26 @@ def _sorted_out(
     for video, place, attempts in zip(chunk, places, done.attempts(video_keys), strict=True):
         left = [prompt for prompt in video["prompts"] if not next(answered)]
         counts["prompts_answered"] += len(video["prompts"]) - len(left)
-        row = {**video, "prompts": left, "attempts": attempts + 1}
-        if not left:
-            counts["answered"] += 1
+        new = [
+            prompt
+            for prompt in left
+            if not done.ask_given_up(video["video_key"], prompt["prompt_id"], prompt["prompt"])
+        ]
+        row = {**video, "prompts": new, "attempts": attempts + 1}
+        failure = done.given_up(video["video_key"])
+        if not new:
+            counts["given_up" if left else "answered"] += 1
+        elif failure and place is None:
+            # Another question about a video that cannot be had: its failure is known.
+            yield (
+                "failed",
+                rows.failed(
+                    {**row, "attempts": attempts},
+                    failure.stage,
+                    failure.error_type,
+                    failure.message,
+                ),
+            )
         elif video["error_type"] is not None:
             yield "failed", row
         elif place is not None:

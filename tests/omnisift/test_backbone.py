@@ -1,7 +1,5 @@
 """The staged path against transformers' fused forward, on a tiny model in the published formats."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor

@@ -43,7 +43,7 @@ def test_every_tensor_arrives(folder: Path) -> None:
         assert torch.equal(value, saved[published_name(name)].float()), name
 
 
-def test_sharded_and_whole_are_the_same(folder: Path, tmp_path: Path) -> None:
+def test_sharded_and_whole_are_the_same(folder: Path) -> None:
     whole = load_backbone(folder).model.state_dict()
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ CASES = json.loads((GOLDEN / "index.json").read_text())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_equals_the_reference(case: dict) -> None:
+def test_equals_the_reference(case: dict[str, Any]) -> None:
     vectors = load_file(GOLDEN / f"{case['name']}.safetensors")
     selector = AudioSelector(case["d_model"], case["hidden_dim"], case["num_heads"])
     selector.load_state_dict(

@@ -109,7 +109,7 @@ def test_a_newcomer_finds_everything_in_the_text(tmp_path: Path) -> None:
         "  truncated: s3://b/b.mp4",
         "    b is cut",
         f"answers and report.json: {tmp_path / 'run'}",
-        f"all of them: python jobs/show_failures.py output={tmp_path} run=run",
+        f"all of them: python jobs/show_answers.py output={tmp_path} status=failed run=run",
     ):
         assert line in text.splitlines()
     assert "took 8.0 s" in text

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from jobs import show_failures
+from jobs import show_answers
 from pipeline import keys, rows, token_cache
 from pipeline.answers import AnswerIndex, commit, read_answers
 from pipeline.config import AnswerConfig, CaptionConfig, StorageConfig
 from pipeline.errors import StartupError
+from pipeline.parquet import read_columns
 from pipeline.report import Report, make_report
 from pipeline.stages.cache import ReadCache, WriteCache
 from pipeline.stages.sink import Sink
@@ -35,6 +35,7 @@ class Corpus:
         self.root = root
         self.put = put
         self.config = CaptionConfig(source=join(root, "videos"), output=join(root, "out"))
+        self.broken = "decode_timeout"  # how the broken one fails
         self.compressed: list[str] = []
         self.asked: list[tuple[str, str]] = []
         for name in NAMES:
@@ -70,7 +71,7 @@ class Corpus:
             name = row["uri"].rpartition("/")[2]
             self.compressed.append(name)
             if name == "broken.mp4":
-                made.append(rows.failed(row, "decode", "truncated", f"{row['uri']}: cut"))
+                made.append(rows.failed(row, "decode", self.broken, f"{row['uri']}: cut"))
                 continue
             tokens = {
                 "tokens": name.encode(),
@@ -94,7 +95,7 @@ class Corpus:
         for row in rows.iterate(block):
             answers = None
             if row["error_type"] is None:
-                name = row["tokens"].to_pybytes().decode()
+                name = bytes(row["tokens"]).decode()
                 assert row["uri"].endswith(name)  # the tokens are those of this video
                 self.asked += [(name, prompt["prompt"]) for prompt in row["prompts"]]
                 answers = [{"prompt_id": p["prompt_id"], "text": name} for p in row["prompts"]]
@@ -107,8 +108,7 @@ class Corpus:
 
 
 def _read(part: str) -> pa.Table:
-    with STORAGE.open(part) as file:
-        return pq.read_table(pa.PythonFile(file, mode="r"))
+    return read_columns(STORAGE, part)
 
 
 @pytest.fixture
@@ -160,6 +160,35 @@ def test_a_second_run_tries_only_the_failure_again(corpus: Corpus) -> None:
     assert row["attempts"] == 2
 
 
+def test_what_fails_for_good_is_not_tried_again_but_stays_a_row(corpus: Corpus) -> None:
+    corpus.broken = "truncated"
+    corpus.run()
+    corpus.compressed = []
+    second = corpus.run()
+    assert second is not None
+    assert corpus.compressed == []
+    assert (second.source.answered, second.source.given_up, second.videos) == (2, 1, 0)
+    assert corpus.seen() == GOOD
+    # Another question about it fails with the error that is known, without decoding.
+    third = corpus.run(answer=AnswerConfig(prompt="Who?"))
+    assert third is not None
+    assert corpus.compressed == []
+    assert (third.source.failed, third.failed_by_type) == (1, {"truncated": 1})
+    assert corpus.seen() == sorted(GOOD * 2)
+    # Until it changes.
+    corpus.put("videos/sub/broken.mp4", b"mended, or at least another file")
+    corpus.run()
+    assert corpus.compressed == ["broken.mp4"]
+
+
+def test_a_costly_failure_is_tried_a_number_of_times(corpus: Corpus) -> None:
+    corpus.broken = "decode_crash"
+    for _ in range(5):
+        corpus.run()
+    assert corpus.compressed.count("broken.mp4") == 3
+    assert corpus.seen() == GOOD
+
+
 def test_another_question_reads_the_tokens_and_compresses_nothing(corpus: Corpus) -> None:
     corpus.run()
     corpus.compressed, corpus.asked = [], []
@@ -199,17 +228,21 @@ def test_a_changed_video_is_done_again_and_its_old_answer_gone(corpus: Corpus) -
 
 
 def test_failures_are_shown_by_the_command_the_report_names(
-    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+    corpus: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = corpus.run()
     assert report is not None
     command = report.see_failures.split()
-    assert command[:2] == ["python", "jobs/show_failures.py"]
-    assert show_failures.main(command[2:]) == 0
+    assert command[0] == "python"
+    monkeypatch.setattr("sys.argv", command[1:])
+    assert show_answers.main() == 0
     shown = capsys.readouterr()
     uri = join(corpus.config.source, "sub/broken.mp4")
-    assert shown.out == f"truncated\t{uri}\t{uri}: cut\n"
-    assert show_failures.main(["outputs=x"]) == 2
+    assert shown.out.splitlines() == [
+        uri,
+        f"    decode_timeout in decode: {uri}: cut",
+        "1 of 1 answers shown",
+    ]
 
 
 def test_a_bucket_that_cannot_be_had_is_said_at_the_start(

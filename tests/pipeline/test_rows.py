@@ -39,13 +39,25 @@ def test_rows_come_back_as_they_were(videos: list[dict[str, Any]]) -> None:
     assert list(rows.iterate(block)) == videos
 
 
-def test_large_binaries_are_buffers_and_not_python_bytes() -> None:
+def test_large_binaries_are_views_of_the_block() -> None:
     frames = np.arange(24, dtype=np.uint8)
-    block = rows.build([{"frames": frames.tobytes()}, {}], rows.DECODED)
-    first, second = rows.iterate(block)
-    assert isinstance(first["frames"], pa.Buffer)
-    assert np.array_equal(np.frombuffer(first["frames"], np.uint8), frames)
-    assert second["frames"] is None
+    block = rows.build(
+        [{"frames": b"before"}, {"frames": frames.tobytes()}, {}, {"frames": b""}], rows.DECODED
+    )
+    data = block.column("frames").chunk(0).buffers()[2]
+    for table, expected in ((block, 4), (block.slice(1), 3)):
+        found = [row["frames"] for row in rows.iterate(table)][-3:]
+        assert len(list(rows.iterate(table))) == expected
+        view = np.frombuffer(found[0], np.uint8)
+        assert np.array_equal(view, frames)
+        assert view.ctypes.data == data.address + len(b"before")
+        assert found[1] is None
+        assert bytes(found[2]) == b""
+
+
+def test_what_is_iterated_can_be_built_again() -> None:
+    block = rows.build([{"uri": "a", "frames": b"abc", "audio": b""}, {"uri": "b"}], rows.DECODED)
+    assert rows.build(list(rows.iterate(block)), rows.DECODED).equals(block)
 
 
 def test_a_block_in_pieces_is_iterated_in_order() -> None:
