@@ -200,7 +200,9 @@ def _gather(
     # The number of survivors is known beforehand: asking the device for it would wait for it.
     num_dropped = budget.drop_first + budget.drop_second + budget.drop_audio
     lengths = [embeds.shape[0] for embeds, _, _ in sequences]
-    sequence_of_chunk = np.searchsorted(np.cumsum(lengths), chunks.first[:, 0], side="right")
+    sequence_of_chunk = np.searchsorted(
+        np.cumsum(lengths), chunks.first[:, :1].ravel(), side="right"
+    )
     results, start = [], 0
     for number, (length, (_, _, positions)) in enumerate(zip(lengths, sequences, strict=True)):
         mask = keep_L[start : start + length]

@@ -157,7 +157,7 @@ def _padded(groups: Integers, members: Integers, num_groups: int) -> tuple[Integ
     """Gather `members` (their group in `groups`) into rows padded with 0; return rows, counts."""
     counts = np.bincount(groups, minlength=num_groups).astype(np.int64)
     order = np.argsort(groups, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    starts = np.cumsum(counts) - counts
     column = np.arange(len(groups)) - np.repeat(starts, counts)
     rows = np.zeros((num_groups, int(counts.max(initial=0))), dtype=np.int64)
     rows[groups[order], column] = members[order]

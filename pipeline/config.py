@@ -39,7 +39,10 @@ class MediaConfig:
     max_pixels: int = _key(256 * 28 * 28, "a frame is shrunk to at most this many pixels")
     max_audio_s: float = _key(300.0, "seconds of sound used; the published processor takes 300")
     timestamps: str = _key(
-        "true", "true: seconds as they are; nominal: the reference's fixed 2 frames a second"
+        "seconds", "seconds: as they are; nominal: the reference's fixed 2 frames a second"
+    )
+    reader: str = _key(
+        "pyav", "pyav, or decord: slower, and wrong pictures from MPEG-TS and sparse long files"
     )
 
     def __post_init__(self) -> None:
@@ -60,10 +63,13 @@ class MediaConfig:
         )
         _require(0 < self.max_audio_s <= 300, "media.max_audio_s", "in (0, 300]", self.max_audio_s)
         _require(
-            self.timestamps in ("true", "nominal"),
+            self.timestamps in ("seconds", "nominal"),
             "media.timestamps",
-            "'true' or 'nominal'",
+            "'seconds' or 'nominal'",
             self.timestamps,
+        )
+        _require(
+            self.reader in ("pyav", "decord"), "media.reader", "'pyav' or 'decord'", self.reader
         )
 
 

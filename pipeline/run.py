@@ -66,7 +66,7 @@ def caption_corpus(config: CaptionConfig, say: Callable[[str], None] = print) ->
         run.output,
         run.run_id,
         counts=counts,
-        actors=pools.actors(fresh=bool(work.fresh), cached=bool(work.cached)),
+        actors=pools.actors(fresh=bool(work.fresh), cached=bool(work.cached or work.failed)),
         wall_s=time.monotonic() - start,
         warnings=warnings,
     )

@@ -65,6 +65,7 @@ def cache_ingredients(
         "max_pixels": config.media.max_pixels,
         "max_audio_s": config.media.max_audio_s,
         "timestamps": config.media.timestamps,
+        "reader": config.media.reader,
         "compute_dtype": "bfloat16" if uses_gpu else "float32",
         "token_dtype": token_dtype(config, uses_gpu=uses_gpu),
         "transformers": transformers.__version__,
