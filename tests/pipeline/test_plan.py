@@ -50,7 +50,7 @@ def bucket(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     os.environ.update(s3.environment)
     ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     yield name
-    ray.shutdown()  # type: ignore[no-untyped-call]
+    ray.shutdown()
     os.environ.clear()
     os.environ.update(before)
 
