@@ -70,11 +70,11 @@ class Answer:
         """Return the prompts of a video with the answers to fill in; too long ones fail here."""
         if not asked:
             return []
-        kept = _kept_tokens(video)
+        context = self.answerer.open(_kept_tokens(video))
         prompts = []
         for answer, prompt in zip(answers, asked, strict=True):
             try:
-                prompts.append((answer, self.answerer.build_prompt(kept, prompt["prompt"])))
+                prompts.append((answer, self.answerer.ask(context, prompt["prompt"])))
             except TooLongError as error:
                 answer["error_type"] = "too_long"
                 answer["error_message"] = (
@@ -95,7 +95,7 @@ class Answer:
                 answer, prompt = batch[0]
                 answer["error_type"] = "out_of_memory"
                 answer["error_message"] = (
-                    f"a prompt of {prompt.embeds.shape[0]} tokens does not fit the GPU; lower "
+                    f"a prompt of {len(prompt)} tokens does not fit the GPU; lower "
                     "compression.retain or give the actor more of the GPU (pools.answer_gpus)"
                 )
                 return

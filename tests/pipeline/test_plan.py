@@ -87,7 +87,7 @@ def _texts_without_ray(config: CaptionConfig, model: Path, clip: Path, prompt: s
         system_prompt=config.answer.system_prompt,
         max_new_tokens=config.answer.max_new_tokens,
     )
-    [answer] = answerer([answerer.build_prompt(kept, prompt)])
+    [answer] = answerer([answerer.ask(answerer.open(kept), prompt)])
     return answer.text
 
 
