@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from omnisift.codec import CODECS
 from omnisift.compress import DropShares, drop_shares
 
 
@@ -124,15 +125,17 @@ class CacheConfig:
     """Where the kept tokens lie."""
 
     path: str = _key("", "prefix of the token cache; empty: <output>/cache")
-    codec: str = _key("auto", "auto: as the model computes (bfloat16 on GPU, float32 on CPU)")
+    codec: str = _key(
+        "auto", "float32, bfloat16, int8 (half of bfloat16) or auto: as the model computes"
+    )
     videos_per_file: int = _key(4, "videos written in one file, so lost work when a job is killed")
 
     def __post_init__(self) -> None:
         """Refuse codecs that do not exist."""
         _require(
-            self.codec in ("auto", "bfloat16", "float32"),
+            self.codec in ("auto", *CODECS),
             "cache.codec",
-            "auto, bfloat16 or float32",
+            f"auto, {', '.join(CODECS)}",
             self.codec,
         )
         _require(

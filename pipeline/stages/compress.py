@@ -12,6 +12,7 @@ import torch
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, read_selector, resolve
+from omnisift.codec import Codec, encode
 from omnisift.compress import DropShares
 from omnisift.compressor import Clip, KeptTokens, TooLongError, VideoCompressor
 from pipeline import rows
@@ -27,7 +28,7 @@ class CompressSettings:
     seed: int
     shares: DropShares
     nominal_timestamps: bool
-    token_dtype: str  # "bfloat16" or "float32"
+    codec: Codec
     device: str  # "cuda" or "cpu"
 
 
@@ -40,7 +41,7 @@ class Compress:
 
     def __init__(self, settings: CompressSettings) -> None:
         """Load the towers and the selector."""
-        self.token_dtype = settings.token_dtype
+        self.codec = settings.codec
         folder: Path = resolve(settings.model, settings.revision)
         backbone: Backbone = load_backbone(folder, part="towers", device=settings.device)
         selector: AudioSelector = build_selector(
@@ -83,7 +84,7 @@ class Compress:
             )
         return {
             **row,
-            **_columns(kept, self.token_dtype),
+            **_columns(kept, self.codec),
             "compress_s": time.perf_counter() - start,
         }
 
@@ -99,12 +100,10 @@ def _clip(row: dict[str, Any]) -> Clip:
     )
 
 
-def _columns(kept: KeptTokens, token_dtype: str) -> dict[str, Any]:
-    # bfloat16 has no Arrow type: it travels as its uint16 bytes.
-    tokens = kept.embeds.to(getattr(torch, token_dtype)).contiguous().view(torch.uint8)
+def _columns(kept: KeptTokens, codec: Codec) -> dict[str, Any]:
     return {
-        "tokens": tokens.numpy().tobytes(),
-        "token_dtype": token_dtype,
+        "tokens": encode(kept.embeds, codec),
+        "token_dtype": codec,
         "token_shape": list(kept.embeds.shape),
         "positions": kept.positions.tolist(),
         "modality": kept.modality,

@@ -39,7 +39,7 @@ def load(**settings: Any) -> CaptionConfig:
         ("compression.retain", "1.5", "in (0, 1], got 1.5"),
         ("compression.video_drop", "-0.1", "in [0, 1] or null, got -0.1"),
         ("compression.audio_drop", "1.1", "in [0, 1] or null, got 1.1"),
-        ("cache.codec", "float16", "auto, bfloat16 or float32, got 'float16'"),
+        ("cache.codec", "float16", "auto, float32, bfloat16, int8, got 'float16'"),
         ("cache.videos_per_file", "0", "at least 1, got 0"),
         ("answer.prompt", "  ", "not empty, got '  '"),
         ("answer.max_new_tokens", "0", "at least 1, got 0"),

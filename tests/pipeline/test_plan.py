@@ -137,10 +137,14 @@ def test_from_bucket_to_answers_and_again(
         expected = _texts_without_ray(config, model, clips[clip], "What is heard?")
         assert _seen(other, "What is heard?")[f"{config.source}/{key}"]["text"] == expected
 
-    # another share is another cache: nothing is taken from the old one
-    less = replace(config, compression=CompressionConfig(retain=0.1))
+    # another share, or another codec, is another cache: nothing is taken from the old one
+    less = replace(
+        config,
+        compression=CompressionConfig(retain=0.1),
+        cache=replace(config.cache, codec="int8"),
+    )
     fourth = caption_corpus(less, said.append)
-    assert (fourth.cache_hits, fourth.source.fresh) == (0, 5)
+    assert (fourth.cache_hits, fourth.source.fresh, fourth.answers_ok) == (0, 5, 2)
     assert fourth.tokens_after < first.tokens_after
 
 
