@@ -5,6 +5,7 @@ Shapes: L tokens of a sequence, C chunks, N tokens of a grid, A audio tokens, D 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,8 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
+from omnisift.chance import draw
 from omnisift.layout import Chunks, Integers, find_chunks
 from omnisift.video_pruning import drop_highest, spatial_similarity, temporal_similarity
+
+# embeddings [L, D] of a prompt, its ids [L], its positions [3, L]
+Sequence3d = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,27 @@ def drop_shares(retain: float) -> DropShares:
 
 
 @dataclass(frozen=True)
+class Deciders:
+    """What decides which tokens go. The default is the method, all else are its ablations.
+
+    An ablation drops exactly as many tokens of each chunk as the method; those it has no score
+    for go by chance. It needs a selector that was trained with it.
+    """
+
+    spatial: bool = True  # False: first grids by chance
+    temporal: bool = True  # False: second grids by chance
+    audio: Literal["video", "audio", "chance"] = "video"  # the context of the selector, or none
+
+    @property
+    def by_chance(self) -> bool:
+        """Return whether anything is left to chance."""
+        return not (self.spatial and self.temporal) or self.audio == "chance"
+
+
+COMPLETE = Deciders()
+
+
+@dataclass(frozen=True)
 class Compressed:
     """What survives of one sequence."""
 
@@ -63,12 +89,13 @@ class _Budget:
     selects: NDArray[np.bool_]  # [C] VGAS runs
 
 
-def _budget(chunks: Chunks, shares: DropShares) -> _Budget:
+def _budget(chunks: Chunks, shares: DropShares, deciders: Deciders) -> _Budget:
     drop_first = (chunks.num_first * shares.video).astype(np.int64)
     # Only equal grids can be compared token by token; an unequal second grid stays whole.
     drop_second = np.where(chunks.num_second == chunks.num_first, drop_first, 0)
     context = chunks.num_first + chunks.num_second - drop_first - drop_second
-    selects = (context > 0) & (chunks.num_audio > 1)
+    has_context = (context > 0) | (deciders.audio == "audio")
+    selects = has_context & (chunks.num_audio > 1)
     drop_audio = np.where(selects, (chunks.num_audio * shares.audio).astype(np.int64), 0)
     return _Budget(drop_first, drop_second, context, drop_audio, selects)
 
@@ -78,7 +105,7 @@ def _valid(counts: Tensor, width: int) -> Tensor:
 
 
 def _prune_video(
-    tokens_LD: Tensor, chunks: Chunks, budget: _Budget
+    tokens_LD: Tensor, chunks: Chunks, budget: _Budget, deciders: Deciders, chance_L: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """STVP. Return, for the chunks' video tokens [C, N1 + N2]: index, kept, dropped."""
     first, second = _on_device(chunks.first, tokens_LD), _on_device(chunks.second, tokens_LD)
@@ -86,7 +113,7 @@ def _prune_video(
     second_valid = _valid(_on_device(chunks.num_second, tokens_LD), second.shape[1])
     first_tokens = tokens_LD[first]
     keep_first = drop_highest(
-        spatial_similarity(first_tokens, first_valid),
+        spatial_similarity(first_tokens, first_valid) if deciders.spatial else chance_L[first],
         first_valid,
         _on_device(budget.drop_first, tokens_LD),
     )
@@ -94,7 +121,9 @@ def _prune_video(
     compared = min(first.shape[1], second.shape[1])
     keep_second = second_valid.clone()
     keep_second[:, :compared] = drop_highest(
-        temporal_similarity(tokens_LD[second[:, :compared]], first_tokens[:, :compared]),
+        temporal_similarity(tokens_LD[second[:, :compared]], first_tokens[:, :compared])
+        if deciders.temporal
+        else chance_L[second[:, :compared]],
         second_valid[:, :compared],
         _on_device(budget.drop_second, tokens_LD),
     )
@@ -109,50 +138,47 @@ def _select_audio(
     budget: _Budget,
     video_index: Tensor,
     video_kept: Tensor,
-    selector: AudioSelector,
+    selector: AudioSelector | None,
+    deciders: Deciders,
+    chance_L: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """VGAS. Return, for the audio of the chunks it runs on [C', A]: index, score, dropped."""
     rows = np.flatnonzero(budget.selects)
-    chosen = _on_device(rows, tokens_LD)
-    # Surviving video tokens moved to the front of each row, in their order: the context.
-    order = (~video_kept[chosen]).sort(dim=1, stable=True).indices
-    width = int(budget.context[rows].max())
-    context = video_index[chosen].gather(1, order[:, :width])
-    context_valid = _valid(_on_device(budget.context[rows], tokens_LD), width)
     audio = _on_device(chunks.audio[rows], tokens_LD)
     audio_valid = _valid(_on_device(chunks.num_audio[rows], tokens_LD), audio.shape[1])
-    dtype = selector.v_proj.weight.dtype
-    score = selector(tokens_LD[context].to(dtype), context_valid, tokens_LD[audio].to(dtype))
+    if deciders.audio == "chance":
+        score = chance_L[audio]
+    else:
+        assert selector is not None
+        context, context_valid = audio, audio_valid
+        if deciders.audio == "video":
+            context, context_valid = _surviving(video_index, video_kept, budget, rows)
+        dtype = selector.v_proj.weight.dtype
+        score = selector(tokens_LD[context].to(dtype), context_valid, tokens_LD[audio].to(dtype))
     keep = chunks.num_audio[rows] - budget.drop_audio[rows]
     # Keeping the highest is dropping all but them; a tie keeps the lower index.
     kept = ~drop_highest(score.float(), audio_valid, _on_device(keep, tokens_LD)) & audio_valid
     return audio, score.float() * audio_valid, audio_valid & ~kept
 
 
+def _surviving(
+    video_index: Tensor, video_kept: Tensor, budget: _Budget, rows: Integers
+) -> tuple[Tensor, Tensor]:
+    """Return the surviving video tokens of the chunks `rows`, [C', V], and which are real."""
+    chosen = _on_device(rows, video_index)
+    # Surviving video tokens moved to the front of each row, in their order: the context.
+    order = (~video_kept[chosen]).sort(dim=1, stable=True).indices
+    width = int(budget.context[rows].max())
+    valid = _valid(_on_device(budget.context[rows], video_index), width)
+    return video_index[chosen].gather(1, order[:, :width]), valid
+
+
 def _on_device(array: NDArray[np.int64], like: Tensor) -> Tensor:
     return torch.from_numpy(array).to(like.device, non_blocking=True)
 
 
-def compress_batch(
-    sequences: Sequence[tuple[Tensor, Tensor, Tensor]],
-    *,
-    selector: AudioSelector | None,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
-) -> list[Compressed]:
-    """Shorten several sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) at once.
-
-    The sequences may differ in length and in what they keep; none sees another's tokens. Ids and
-    positions on the CPU cost no synchronisation with the embeddings' device. Scores are decided
-    in float32 (in the selector's own type inside it). Under autograd, kept audio tokens carry the
-    straight-through factor 1 + s - s.detach(), so that the loss reaches the selector.
-
-    Raises ValueError for shares outside [0, 1], shapes that do not belong together, and for a
-    missing selector where audio would have to be selected.
-    """
-    shares = DropShares(video_drop, audio_drop)
+def check_inputs(sequences: Sequence[Sequence3d], shares: DropShares) -> None:
+    """Raise ValueError for shares outside [0, 1] and for shapes that do not belong together."""
     for name, share in (("video_drop", shares.video), ("audio_drop", shares.audio)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {share}")
@@ -163,50 +189,84 @@ def compress_batch(
                 "expected inputs_embeds [L, D], input_ids [L], position_ids [3, L], got "
                 f"{list(embeds.shape)}, {list(ids.shape)}, {list(positions.shape)}"
             )
+
+
+def compress_batch(
+    sequences: Sequence[Sequence3d],
+    *,
+    selector: AudioSelector | None,
+    video_drop: float,
+    audio_drop: float,
+    video_token_id: int,
+    audio_token_id: int,
+    deciders: Deciders = COMPLETE,
+    video_keys: Sequence[str] = (),
+) -> list[Compressed]:
+    """Shorten several sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) at once.
+
+    The sequences may differ in length and in what they keep; none sees another's tokens. Ids and
+    positions on the CPU cost no synchronisation with the embeddings' device. Scores are decided
+    in float32 (in the selector's own type inside it). Under autograd, kept audio tokens carry the
+    straight-through factor 1 + s - s.detach(), so that the loss reaches the selector.
+    `video_keys`, one a sequence, seed what `deciders` leaves to chance.
+
+    Raises ValueError for shares outside [0, 1], shapes that do not belong together, and for a
+    missing selector where audio would have to be selected.
+    """
+    shares = DropShares(video_drop, audio_drop)
+    check_inputs(sequences, shares)
     chunks = find_chunks(
         [(ids.cpu().numpy(), positions.cpu().numpy()) for _, ids, positions in sequences],
         video_token_id=video_token_id,
         audio_token_id=audio_token_id,
     )
-    budget = _budget(chunks, shares)
-    if len(sequences) == 1:
-        tokens_LD = sequences[0][0]
-    else:
-        tokens_LD = torch.cat([embeds for embeds, _, _ in sequences])
-    index, kept, dropped = _prune_video(tokens_LD, chunks, budget)
+    budget = _budget(chunks, shares, deciders)
+    tokens_LD = lay_end_to_end(sequences)
+    lengths = [embeds.shape[0] for embeds, _, _ in sequences]
+    chance_L = torch.empty(0)
+    if deciders.by_chance:
+        chance_L = torch.from_numpy(draw(chunks, lengths, video_keys)).to(tokens_LD.device)
+    index, kept, dropped = _prune_video(tokens_LD, chunks, budget, deciders, chance_L)
     # Summed, so that the padding of a row (index 0, nothing dropped) cannot overwrite a token.
     drops = torch.zeros(tokens_LD.shape[0], dtype=torch.int32, device=tokens_LD.device)
     drops.scatter_add_(0, index.flatten(), dropped.flatten().int())
-    if selector is None and audio_drop > 0 and budget.selects.any():
+    chooses = selector is not None or deciders.audio == "chance"
+    if not chooses and audio_drop > 0 and budget.selects.any():
         raise ValueError(f"audio_drop={audio_drop} needs a selector; pass one or drop no audio")
     # Where nothing is dropped only training needs the scores.
-    if selector and budget.selects.any() and (audio_drop > 0 or torch.is_grad_enabled()):
-        audio, score, dropped = _select_audio(tokens_LD, chunks, budget, index, kept, selector)
+    if chooses and budget.selects.any() and (audio_drop > 0 or torch.is_grad_enabled()):
+        audio, score, dropped = _select_audio(
+            tokens_LD, chunks, budget, index, kept, selector, deciders, chance_L
+        )
         drops.scatter_add_(0, audio.flatten(), dropped.flatten().int())
         if score.requires_grad:
             through = torch.zeros(tokens_LD.shape[0], device=tokens_LD.device)
             through = through.scatter_add(0, audio.flatten(), (score - score.detach()).flatten())
             tokens_LD = tokens_LD * (1 + through)[:, None].to(tokens_LD.dtype)
-    return _gather(sequences, tokens_LD, drops == 0, chunks, budget)
-
-
-def _gather(
-    sequences: Sequence[tuple[Tensor, Tensor, Tensor]],
-    tokens_LD: Tensor,
-    keep_L: Tensor,
-    chunks: Chunks,
-    budget: _Budget,
-) -> list[Compressed]:
     # The number of survivors is known beforehand: asking the device for it would wait for it.
-    num_dropped = budget.drop_first + budget.drop_second + budget.drop_audio
-    lengths = [embeds.shape[0] for embeds, _, _ in sequences]
-    sequence_of_chunk = np.searchsorted(
-        np.cumsum(lengths), chunks.first[:, :1].ravel(), side="right"
+    num_dropped = np.bincount(
+        chunks.sequences(lengths),
+        weights=budget.drop_first + budget.drop_second + budget.drop_audio,
+        minlength=len(sequences),
     )
+    num_kept = [length - int(num) for length, num in zip(lengths, num_dropped, strict=True)]
+    return gather_kept(sequences, tokens_LD, drops == 0, num_kept)
+
+
+def lay_end_to_end(sequences: Sequence[Sequence3d]) -> Tensor:
+    """Return the embeddings of all sequences as one; a single one is not copied."""
+    if len(sequences) == 1:
+        return sequences[0][0]
+    return torch.cat([embeds for embeds, _, _ in sequences])
+
+
+def gather_kept(
+    sequences: Sequence[Sequence3d], tokens_LD: Tensor, keep_L: Tensor, num_kept: Sequence[int]
+) -> list[Compressed]:
+    """Take the kept tokens out of sequences laid end to end; `num_kept` says how many of each."""
     results, start = [], 0
-    for number, (length, (_, _, positions)) in enumerate(zip(lengths, sequences, strict=True)):
-        mask = keep_L[start : start + length]
-        size = length - int(num_dropped[sequence_of_chunk == number].sum())
+    for (embeds, _, positions), size in zip(sequences, num_kept, strict=True):
+        mask = keep_L[start : start + embeds.shape[0]]
         kept_index = torch.nonzero_static(mask, size=size).squeeze(1)
         results.append(
             Compressed(
@@ -216,7 +276,7 @@ def _gather(
                 kept_index=kept_index,
             )
         )
-        start += length
+        start += embeds.shape[0]
     return results
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from omnisift.codec import CODECS
 from omnisift.compress import DropShares, drop_shares
+from omnisift.methods import METHODS
 
 
 def _key(default: Any, text: str) -> Any:
@@ -93,8 +94,9 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """How much of the audio-video prompt is kept."""
+    """How the audio-video prompt is shortened, and to how much."""
 
+    method: str = _key("omnisift", f"what chooses the kept tokens: {', '.join(METHODS)}")
     retain: float = _key(0.25, "share of the audio and video tokens kept, in (0, 1]")
     video_drop: float | None = _key(None, "share of the video tokens removed; overrides retain")
     audio_drop: float | None = _key(None, "share of the audio tokens removed; overrides retain")
@@ -102,7 +104,13 @@ class CompressionConfig:
     require_selector: bool = _key(False, "refuse to run when the model has no trained selector")
 
     def __post_init__(self) -> None:
-        """Refuse shares outside their range."""
+        """Refuse a method there is not and shares outside their range."""
+        _require(
+            self.method in METHODS,
+            "compression.method",
+            f"one of {', '.join(METHODS)}",
+            self.method,
+        )
         _require(0 < self.retain <= 1, "compression.retain", "in (0, 1]", self.retain)
         for name in ("video_drop", "audio_drop"):
             value = getattr(self, name)
@@ -113,6 +121,8 @@ class CompressionConfig:
     @property
     def shares(self) -> DropShares:
         """Return the drop shares in force."""
+        if self.method == "none":
+            return DropShares(video=0.0, audio=0.0)
         nominal = drop_shares(self.retain)
         return DropShares(
             video=nominal.video if self.video_drop is None else self.video_drop,

@@ -1,4 +1,4 @@
-"""Compress: vision tower, audio tower and OmniSIFT in one actor."""
+"""Compress: vision tower, audio tower and the method of compression in one actor."""
 
 import time
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ class CompressSettings:
     revision: str
     selector: str  # "" for the model's own
     seed: int
+    method: str
     shares: DropShares
     nominal_timestamps: bool
     codec: Codec
@@ -35,8 +36,8 @@ class CompressSettings:
 class Compress:
     """Keep the tokens that carry information.
 
-    Reads: frames, audio, fps. Writes: tokens, positions, modality, kept_index and the counts.
-    Full embeddings (7 KB a token) never leave the actor.
+    Reads: video_key, frames, audio, fps. Writes: tokens, positions, modality, kept_index and the
+    counts. Full embeddings (7 KB a token) never leave the actor.
     """
 
     def __init__(self, settings: CompressSettings) -> None:
@@ -51,6 +52,7 @@ class Compress:
             backbone,
             selector,
             settings.shares,
+            method=settings.method,
             nominal_timestamps=settings.nominal_timestamps,
         )
 
@@ -63,7 +65,7 @@ class Compress:
             return row
         start = time.perf_counter()
         try:
-            [kept] = self.compressor([_clip(row)])
+            [kept] = self.compressor([_clip(row)], video_keys=[row["video_key"]])
         except TooLongError as error:
             return rows.failed(
                 row,
