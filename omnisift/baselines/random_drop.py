@@ -17,7 +17,7 @@ from omnisift.compress import (
     gather_kept,
     lay_end_to_end,
 )
-from omnisift.layout import Integers, find_chunks
+from omnisift.layout import find_chunks
 from omnisift.video_pruning import drop_highest
 
 
@@ -32,8 +32,9 @@ def drop_at_random(
 ) -> list[Compressed]:
     """Shorten sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) at random.
 
-    Uniform per modality and chunk, seeded by video key and chunk index (see `chance.draw`): both
-    grids of a chunk are one pool. Raises ValueError for shares outside [0, 1], shapes that do
+    Uniform per modality and chunk, seeded by video key and chunk index (see `chance.draw`). Both
+    grids of a chunk are one pool, which loses int(n * share) for each grid of n tokens: as many
+    as OmniSIFT takes from equal grids. Raises ValueError for shares outside [0, 1], shapes that do
     not belong together, and for missing keys.
     """
     check_inputs(sequences, DropShares(video_drop, audio_drop))
@@ -53,7 +54,9 @@ def drop_at_random(
         valid = np.concatenate(
             [np.arange(rows.shape[1]) < counts[:, None] for rows, counts in parts], axis=1
         )
-        dropped = valid & ~_survivors(drawn[index], valid, share)
+        num_dropped = sum((counts * share).astype(np.int64) for _, counts in parts)
+        kept_rows = drop_highest(*map(torch.from_numpy, (drawn[index], valid, num_dropped)))
+        dropped = valid & ~kept_rows.numpy()
         # Summed: the padding of a row (index 0, nothing dropped) must not overwrite a token.
         np.add.at(drops, index, dropped)
     kept = drops == 0
@@ -61,9 +64,3 @@ def drop_at_random(
     tokens_LD = lay_end_to_end(sequences)
     keep_L = torch.from_numpy(kept).to(tokens_LD.device)
     return gather_kept(sequences, tokens_LD, keep_L, num_kept)
-
-
-def _survivors(score_CN: np.ndarray, valid_CN: np.ndarray, share: float) -> np.ndarray:
-    count: Integers = (valid_CN.sum(1) * share).astype(np.int64)
-    kept = drop_highest(*map(torch.from_numpy, (score_CN, valid_CN, count)))
-    return kept.numpy()

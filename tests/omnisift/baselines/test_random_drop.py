@@ -49,9 +49,12 @@ def slow_keep(prompt: Prompt, key: str, video_drop: float, audio_drop: float) ->
             index: int.from_bytes(stream[8 * i : 8 * i + 8], "little")
             for i, index in enumerate(members)
         }
-        for pool, share in ((chunk.first + chunk.second, video_drop), (chunk.audio, audio_drop)):
-            order = sorted(pool, key=lambda index: -drawn[index])
-            for index in order[: int(len(pool) * share)]:
+        from_video = int(len(chunk.first) * video_drop) + int(len(chunk.second) * video_drop)
+        for pool, count in (
+            (chunk.first + chunk.second, from_video),
+            (chunk.audio, int(len(chunk.audio) * audio_drop)),
+        ):
+            for index in sorted(pool, key=lambda index: -drawn[index])[:count]:
                 keep[index] = False
     return keep
 
