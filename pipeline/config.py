@@ -233,8 +233,19 @@ class RetryConfig:
 
 
 @dataclass(frozen=True)
+class LeaseConfig:
+    """How runs keep out of each other's way: one at a time writes to an output."""
+
+    expiry_s: float = _key(60.0, "seconds without renewal after which a run counts as dead")
+
+    def __post_init__(self) -> None:
+        """Refuse a lease that ends before it can be renewed."""
+        _require(self.expiry_s >= 1, "lease.expiry_s", "at least 1", self.expiry_s)
+
+
+@dataclass(frozen=True)
 class CaptionConfig:
-    """Everything `jobs/caption_corpus.py` is told."""
+    """What the jobs that caption a corpus, answer questions about it or compress it are told."""
 
     source: str = _key("", "s3:// or local prefix of videos, or a .parquet, .csv, .jsonl manifest")
     output: str = _key("", "s3:// or local prefix for answers, report and (by default) the cache")
@@ -250,6 +261,7 @@ class CaptionConfig:
     pools: PoolsConfig = _key(PoolsConfig(), "")
     storage: StorageConfig = _key(StorageConfig(), "")
     retry: RetryConfig = _key(RetryConfig(), "")
+    lease: LeaseConfig = _key(LeaseConfig(), "")
 
     def __post_init__(self) -> None:
         """Refuse a job without a corpus or a place for its answers."""
@@ -279,3 +291,45 @@ class ShowConfig:
         _require(bool(self.output), "output", "a prefix to read from", self.output)
         _require(self.status in ("", "ok", "failed"), "status", "ok or failed", self.status)
         _require(self.limit >= 1, "limit", "at least 1", self.limit)
+
+
+@dataclass(frozen=True)
+class CompactConfig:
+    """What `jobs/compact.py` merges."""
+
+    output: str = _key("", "s3:// or local prefix that a job wrote its answers to")
+    cache: str = _key("", "prefix of the token cache; empty: <output>/cache")
+    target_bytes: int = _key(256 << 20, "size of a merged file; files below a quarter are merged")
+    grace_s: float = _key(86_400.0, "seconds a replaced file stays, for who began to read before")
+    drop_unreadable: bool = _key(False, "give up answers files that cannot be read, and ask again")
+    storage: StorageConfig = _key(StorageConfig(), "")
+    lease: LeaseConfig = _key(LeaseConfig(), "")
+
+    def __post_init__(self) -> None:
+        """Refuse an output that is not named and sizes that merge nothing."""
+        _require(bool(self.output), "output", "a prefix to compact", self.output)
+        _require(self.target_bytes >= 1, "target_bytes", "at least 1", self.target_bytes)
+        _require(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
+
+    @property
+    def cache_root(self) -> str:
+        """Return the prefix of the token cache, without a slash at its end."""
+        return (self.cache or f"{self.output.rstrip('/')}/cache").rstrip("/")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What `jobs/verify.py` checks."""
+
+    output: str = _key("", "s3:// or local prefix that a job wrote its answers to")
+    cache: str = _key("", "prefix of the token cache; empty: <output>/cache")
+    storage: StorageConfig = _key(StorageConfig(), "")
+
+    def __post_init__(self) -> None:
+        """Refuse an output that is not named."""
+        _require(bool(self.output), "output", "a prefix to check", self.output)
+
+    @property
+    def cache_root(self) -> str:
+        """Return the prefix of the token cache, without a slash at its end."""
+        return (self.cache or f"{self.output.rstrip('/')}/cache").rstrip("/")
