@@ -234,7 +234,7 @@ class RetryConfig:
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """Everything `jobs/caption_corpus.py` is told."""
+    """What the jobs that caption a corpus, answer questions about it or compress it are told."""
 
     source: str = _key("", "s3:// or local prefix of videos, or a .parquet, .csv, .jsonl manifest")
     output: str = _key("", "s3:// or local prefix for answers, report and (by default) the cache")

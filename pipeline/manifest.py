@@ -1,4 +1,4 @@
-"""Read a manifest: which videos, which prompts. Parquet, CSV or JSONL with a `uri` column.
+"""Read a manifest: which videos, which prompts. Parquet, CSV or JSONL with `uri` or `video_key`.
 
 A manifest is held as Arrow columns, never as a Python object a row, since it may name 10^8 videos.
 """
@@ -24,15 +24,18 @@ SUFFIXES = (".parquet", ".csv", ".jsonl")
 # Large strings: the offsets of plain ones end at 2 GB, which sorting 10^7 uris would pass.
 ASKS = pa.schema(
     [
-        ("uri", pa.large_string()),
+        ("uri", pa.large_string()),  # null: video_key names the video
+        ("video_key", pa.large_string()),  # null where there is a uri
         ("prompt_id", pa.large_string()),  # null: the manifest names none
         ("prompt", pa.large_string()),  # null: the configured prompt
         ("line", pa.int64()),
     ]
 )
 
-_COLUMNS = ("uri", "prompt_id", "prompt")
+_COLUMNS = ("uri", "video_key", "prompt_id", "prompt")
+_NAMES = frozenset({"uri", "video_key"})  # a manifest has at least one of them
 _BATCH = 65_536  # lines
+_KEY = re.compile(r"^[0-9a-f]{64}$")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -72,7 +75,7 @@ def broken_line(manifest: str, line: int, message: str) -> BrokenLine:
 def read_manifest(storage: Storage, manifest: str) -> Manifest:
     """Read the whole manifest; uris in it that are relative get its folder in front.
 
-    Raises StartupError when it cannot be read at all or has no `uri`.
+    Raises StartupError when it cannot be read at all or has neither `uri` nor `video_key`.
     """
     read = {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl}[manifest.rpartition(".")[2].lower()]
     folder = folder_of(manifest)
@@ -94,7 +97,7 @@ def read_manifest(storage: Storage, manifest: str) -> Manifest:
     except (OSError, pa.ArrowException, csv.Error, _UnusableError) as error:
         raise StartupError(
             f"source={manifest}: the manifest cannot be read: {error}; it must be a .parquet, "
-            ".csv or .jsonl file with a column uri, and may have prompt and prompt_id"
+            ".csv or .jsonl file with a column uri or video_key, and may have prompt and prompt_id"
         ) from error
     asks_table = pa.concat_tables(batches).sort_by([("uri", "ascending"), ("line", "ascending")])
     return Manifest(asks_table, broken)
@@ -112,8 +115,9 @@ def _parquet(file: Any) -> Iterator[_Line]:
     part = pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=False)
     schema = part.schema_arrow
     names = [name for name in _COLUMNS if name in schema.names]
-    if "uri" not in names:
-        raise _UnusableError(f"it has no column uri, only {', '.join(schema.names)}")
+    if not _NAMES & set(names):
+        found = ", ".join(schema.names)
+        raise _UnusableError(f"it has no column uri or video_key, only {found}")
     for name in names:
         kind = schema.field(name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -139,8 +143,9 @@ def _csv(file: Any) -> Iterator[_Line]:
     with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
         reader = csv.reader(text, strict=True)  # else an open quote swallows the rest unsaid
         header = next(reader, [])
-        if "uri" not in header:
-            raise _UnusableError(f"its first line has no column uri: {','.join(header)[:200]!r}")
+        if not _NAMES & set(header):
+            found = ",".join(header)[:200]
+            raise _UnusableError(f"its first line has no column uri or video_key: {found!r}")
         while True:
             try:
                 values = next(reader, None)
@@ -170,7 +175,7 @@ def _jsonl(file: Any) -> Iterator[_Line]:
 
 
 def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] | str:
-    """Return the three columns of a line, or what is wrong with it."""
+    """Return the columns of a line, or what is wrong with it."""
     if isinstance(record, str):
         return record
     ask: dict[str, str | None] = {}
@@ -183,7 +188,11 @@ def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] 
         ask[name] = value if value and value.strip() else None
     uri = ask["uri"]
     if uri is None:
-        return "it has no uri"
+        key = ask["video_key"]
+        if key is None:
+            return "it has no uri and no video_key"
+        return ask if _KEY.match(key) else f"video_key {key!r:.80} is not 64 hex digits"
+    ask["video_key"] = None  # the uri says which object is meant, as it is now
     if uri != without_credentials(uri):
         return "its uri holds credentials; give them in the environment"
     scheme = _SCHEME.match(uri)

@@ -21,6 +21,15 @@ def plan(work: WorkList, run: Settings, pools: Pools) -> Dataset:
     Cached rows skip decode and compress, failed rows pass every stage untouched. Consuming the
     dataset runs it, in one streaming execution; its rows are the sink's counts.
     """
+    return _written(_answered(_kept(work, run, pools), run, pools), run, pools)
+
+
+def plan_compression(work: WorkList, run: Settings, pools: Pools) -> Dataset:
+    """Put a work list through the flow without answer: the tokens end in the cache."""
+    return _written(_kept(work, run, pools), run, pools)
+
+
+def _kept(work: WorkList, run: Settings, pools: Pools) -> Dataset:
     branches = []
     if work.fresh:
         branches.append(
@@ -51,12 +60,16 @@ def plan(work: WorkList, run: Settings, pools: Pools) -> Dataset:
                 **pools.read_cache.of(run.videos_per_batch),
             )
         )
-    return (
-        reduce(Dataset.union, branches)
-        .map_batches(
-            Answer, fn_constructor_kwargs=run.answer, **pools.answer.of(run.videos_per_batch)
-        )
-        .map_batches(
-            Sink, fn_constructor_kwargs=run.sink, **pools.sink.of(run.videos_per_answer_file)
-        )
+    return reduce(Dataset.union, branches)
+
+
+def _answered(kept: Dataset, run: Settings, pools: Pools) -> Dataset:
+    return kept.map_batches(
+        Answer, fn_constructor_kwargs=run.answer, **pools.answer.of(run.videos_per_batch)
+    )
+
+
+def _written(done: Dataset, run: Settings, pools: Pools) -> Dataset:
+    return done.map_batches(
+        Sink, fn_constructor_kwargs=run.sink, **pools.sink.of(run.videos_per_answer_file)
     )

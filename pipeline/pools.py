@@ -59,8 +59,8 @@ class Pools:
         }
 
 
-def size_pools(config: PoolsConfig) -> Pools:
-    """Fit the pools into the cluster that Ray is connected to.
+def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
+    """Fit the pools into the cluster that Ray is connected to; without `answers` none answers.
 
     Raises StartupError, with the sums, when the smallest pools do not fit: Ray would wait for
     ever for room that never comes.
@@ -74,7 +74,11 @@ def size_pools(config: PoolsConfig) -> Pools:
         return Pool(actors or models, cpus, share)
 
     compress = model_pool(config.compress_actors, config.compress_cpus, config.compress_gpus)
-    answer = model_pool(config.answer_actors, config.answer_cpus, config.answer_gpus)
+    answer = (
+        model_pool(config.answer_actors, config.answer_cpus, config.answer_gpus)
+        if answers
+        else Pool(0, 0.0)
+    )
     cache = Pool(config.cache_actors or compress.actors, config.cache_cpus)
     sink = Pool(1, config.cache_cpus)
     taken = sum(pool.actors * pool.cpus for pool in (compress, answer, cache, cache, sink))

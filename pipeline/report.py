@@ -84,8 +84,11 @@ def make_report(
     actors: Mapping[str, int],
     wall_s: float,
     warnings: Sequence[str] = (),
+    answered: bool = True,
 ) -> Report:
     """Recount what the run wrote; `actors` says how many each of STAGES had.
+
+    With `answered=False` the run only compressed: there are answers rows for failures alone.
 
     Raises RuntimeError when a video or a prompt of the work list is in no file: that is a bug.
     """
@@ -94,7 +97,8 @@ def make_report(
     videos = _distinct(storage, files, "videos-", rows.VIDEOS, ["video_key"])
     answers = _distinct(storage, files, "answers-", _ANSWERS, ["video_key", "prompt_id"])
     _require_all("videos", counts.fresh + counts.cached + counts.failed, videos.num_rows, run_id)
-    _require_all("prompts", counts.prompts, answers.num_rows, run_id)
+    if answered:
+        _require_all("prompts", counts.prompts, answers.num_rows, run_id)
     good = videos.filter(pc.is_null(videos.column("error_type")))
     bad = answers.filter(pc.equal(answers.column("status"), "failed"))
     before = _total(good, "num_video_tokens", "num_audio_tokens")
@@ -137,7 +141,7 @@ def render(report: Report) -> str:
         f"run {report.run_id} took {report.wall_s:.1f} s",
         "",
         f"videos named by the source   {source.videos:>10,}",
-        f"  answered by earlier runs   {source.answered:>10,}",
+        f"  done by earlier runs       {source.answered:>10,}",
         f"  done in this run           {report.videos_ok:>10,}",
         f"    of them from the cache   {report.cache_hits:>10,}  (not decoded, not compressed)",
         f"  failed in this run         {report.videos_failed:>10,}",

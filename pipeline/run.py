@@ -12,13 +12,16 @@ from ray.data import DataContext, Dataset
 
 from omnisift.checkpoint import CheckpointError, SelectorWeights, read_selector, resolve
 from omnisift.methods import METHODS
-from pipeline import answers, token_cache
+from pipeline import token_cache
+from pipeline.answers import AnswerIndex, commit
+from pipeline.compression_index import CompressionIndex
 from pipeline.config import CaptionConfig
 from pipeline.errors import StartupError
-from pipeline.plan import plan
-from pipeline.pools import size_pools
+from pipeline.manifest import is_manifest
+from pipeline.plan import plan, plan_compression
+from pipeline.pools import Pools, size_pools
 from pipeline.report import Report, make_report, write_report
-from pipeline.settings import make_settings
+from pipeline.settings import Settings, make_settings
 from pipeline.stages.source import WorkList, list_work
 
 log = logging.getLogger(__name__)
@@ -26,11 +29,43 @@ log = logging.getLogger(__name__)
 _NEWS_S = 5.0  # seconds between two lines of progress
 
 
-def caption_corpus(config: CaptionConfig, say: Callable[[str], None] = print) -> Report:
+Say = Callable[[str], None]
+
+
+def caption_corpus(config: CaptionConfig, say: Say = print) -> Report:
     """Answer what is unanswered of a corpus; return the report that also lies beside the answers.
 
     Raises StartupError, before anything is decoded, for what the user has to mend.
     """
+    return _run(config, say, plan)
+
+
+def answer_questions(config: CaptionConfig, say: Say = print) -> Report:
+    """Answer what is unanswered of a table of questions; as caption_corpus otherwise."""
+    if not is_manifest(config.source):
+        raise StartupError(
+            f"source={config.source}: questions are a .parquet, .csv or .jsonl table with uri or "
+            "video_key, prompt_id and prompt"
+        )
+    return _run(config, say, plan, own_prompts=True)
+
+
+def compress_corpus(config: CaptionConfig, say: Say = print) -> Report:
+    """Fill the token cache with what it lacks of a corpus; nothing is asked, no LLM is loaded.
+
+    A failed video is an answers row of the prompt it would be asked, so that later runs know.
+    """
+    return _run(config, say, plan_compression, answers=False)
+
+
+def _run(
+    config: CaptionConfig,
+    say: Say,
+    order: Callable[[WorkList, Settings, Pools], Dataset],
+    *,
+    answers: bool = True,
+    own_prompts: bool = False,
+) -> Report:
     start = time.monotonic()
     try:
         folder = resolve(config.model, config.revision)
@@ -39,29 +74,36 @@ def caption_corpus(config: CaptionConfig, say: Callable[[str], None] = print) ->
         raise StartupError(str(error)) from error
     warnings = _warn_of_selector(config, selector)
     start_ray()
-    pools = size_pools(config.pools)
-    run = make_settings(config, folder, selector, uses_gpu=pools.uses_gpu)
+    pools = size_pools(config.pools, answers=answers)
+    run = make_settings(config, folder, selector, uses_gpu=pools.uses_gpu, answers=answers)
     token_cache.write_fingerprint(run.storage, run.cache_folder, run.ingredients)
-    done = answers.AnswerIndex(
+    done = AnswerIndex(
         run.storage,
         run.output,
         fingerprint=run.answer_fingerprint,
         max_attempts=0 if config.retry.failed else config.retry.max_attempts,
     )
     cached = token_cache.CacheIndex(run.storage, run.cache_folder)
-    work = list_work(config, run.storage, done=done, cached=cached, folder=run.run_folder)
+    work = list_work(
+        config,
+        run.storage,
+        done=done if answers else CompressionIndex(done, cached),
+        cached=cached,
+        folder=run.run_folder,
+        own_prompts=own_prompts,
+    )
     counts = work.counts
     warnings += [f"unreadable, its videos are done again: {file}" for file in cached.unreadable]
     warnings += [f"unreadable, its prompts are asked again: {file}" for file in done.unreadable]
     say(
         f"run {run.run_id}: {counts.videos} videos: {counts.fresh} to decode and compress, "
-        f"{counts.cached} in the cache, {counts.answered} answered already, "
+        f"{counts.cached} in the cache, {counts.answered} done already, "
         f"{counts.failed} cannot be read, {counts.given_up} given up by earlier runs"
     )
     if work.fresh or work.cached or work.failed:
         _configure_ray_data()
-        _stream(plan(work, run, pools), work, say)
-    answers.commit(run.storage, run.output, run.run_id, done.orphans)
+        _stream(order(work, run, pools), work, say)
+    commit(run.storage, run.output, run.run_id, done.orphans)
     report = make_report(
         run.storage,
         run.output,
@@ -70,6 +112,7 @@ def caption_corpus(config: CaptionConfig, say: Callable[[str], None] = print) ->
         actors=pools.actors(fresh=bool(work.fresh), cached=bool(work.cached or work.failed)),
         wall_s=time.monotonic() - start,
         warnings=warnings,
+        answered=answers,
     )
     write_report(run.storage, report)
     return report

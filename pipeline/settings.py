@@ -76,7 +76,12 @@ def cache_ingredients(
 
 
 def make_settings(
-    config: CaptionConfig, folder: Path, selector: SelectorWeights, *, uses_gpu: bool
+    config: CaptionConfig,
+    folder: Path,
+    selector: SelectorWeights,
+    *,
+    uses_gpu: bool,
+    answers: bool = True,
 ) -> Settings:
     """Derive the settings of a new run; `folder` is the resolved checkpoint."""
     storage = Storage(config.storage)
@@ -116,7 +121,12 @@ def make_settings(
         answer_fingerprint=answer_fingerprint,
         decode={"media": config.media, "decode": config.decode, "storage": config.storage},
         compress={"settings": compress},
-        write_cache={"storage": storage, "folder": cache_folder, "run_id": run_id},
+        write_cache={
+            "storage": storage,
+            "folder": cache_folder,
+            "run_id": run_id,
+            "hand_on": answers,
+        },
         read_cache={"storage": storage},
         answer={"settings": answer},
         sink={
@@ -125,6 +135,7 @@ def make_settings(
             "run_id": run_id,
             "model": config.model,
             "fingerprint": answer_fingerprint,
+            "answered": answers,
         },
         videos_per_cache_file=config.cache.videos_per_file,
         videos_per_batch=config.answer.batch_videos,

@@ -14,6 +14,8 @@ from pipeline.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
 
+_HEAVY = ("tokens", "positions", "modality", "kept_index")  # as long as the video
+
 
 class WriteCache:
     """Make the kept tokens of a block durable, one file a block, before the rows move on.
@@ -22,8 +24,12 @@ class WriteCache:
     A StorageError stops the job: without a cache each rerun would pay for the same tokens again.
     """
 
-    def __init__(self, storage: Storage, folder: str, run_id: str) -> None:
-        """Take the cache's folder, `<cache>/<fingerprint>`."""
+    def __init__(self, storage: Storage, folder: str, run_id: str, *, hand_on: bool = True) -> None:
+        """Take the cache's folder, `<cache>/<fingerprint>`.
+
+        With `hand_on=False` the rows move on without their tokens, where nobody asks for them.
+        """
+        self._hand_on = hand_on
         self._storage = storage
         self._folder = folder
         self._run_id = run_id
@@ -41,6 +47,8 @@ class WriteCache:
             "cache_s": pa.array([cache_s if ok else None for ok in kept], pa.float64()),
             "cache_hit": pa.array([False if ok else None for ok in kept], pa.bool_()),
         }
+        if not self._hand_on:
+            own |= {name: pa.nulls(block.num_rows, rows.KEPT.field(name).type) for name in _HEAVY}
         columns = [own[name] if name in own else block.column(name) for name in rows.KEPT.names]
         return pa.table(columns, schema=rows.KEPT)
 

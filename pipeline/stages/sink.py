@@ -24,15 +24,27 @@ COUNTS = pa.schema(
 class Sink:
     """Write a block as one answers file and one videos file, each atomically.
 
-    Reads: the columns of rows.ANSWERED. Writes: one row of rows.ANSWERS a prompt, one of
-    rows.VIDEOS a video. A block that is written twice (a repeated task) is harmless: readers and
-    the report count a video once.
+    Reads: the columns of rows.ANSWERED, or of rows.KEPT when nothing was asked. Writes: one row of
+    rows.ANSWERS a prompt, one of rows.VIDEOS a video. A block that is written twice (a repeated
+    task) is harmless: readers and the report count a video once.
     """
 
     def __init__(
-        self, storage: Storage, folder: str, *, run_id: str, model: str, fingerprint: str
+        self,
+        storage: Storage,
+        folder: str,
+        *,
+        run_id: str,
+        model: str,
+        fingerprint: str,
+        answered: bool = True,
     ) -> None:
-        """Take the run's folder; `fingerprint` is keys.answer_fingerprint."""
+        """Take the run's folder; `fingerprint` is keys.answer_fingerprint.
+
+        With `answered=False` the videos were only compressed: a good one has no answers, a failed
+        one still fails its prompts, so that later runs know.
+        """
+        self._answered = answered
         self._storage = storage
         self._folder = folder
         self._run_id = run_id
@@ -52,7 +64,7 @@ class Sink:
                     "run_id": self._run_id,
                     "created_at": now,
                 }
-                for answer in _unfold(row)
+                for answer in (_unfold(row) if self._answered or row["error_type"] else ())
             ]
             failed = sum(answer["status"] == "failed" for answer in of_video)
             answers.extend(of_video)
@@ -66,7 +78,8 @@ class Sink:
             )
         if videos:
             # Answers first: a video that is counted has its answers.
-            self._write("answers", rows.build(answers, rows.ANSWERS))
+            if answers:
+                self._write("answers", rows.build(answers, rows.ANSWERS))
             self._write("videos", rows.build(videos, rows.VIDEOS))
         counts = {
             "num_videos": len(videos),
@@ -78,7 +91,7 @@ class Sink:
 
     def _write(self, kind: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         uri = join(self._folder, f"{kind}-{uuid.uuid4().hex}.parquet")
         self._storage.write(uri, sink.getvalue())
 

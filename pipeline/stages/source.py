@@ -10,13 +10,23 @@ from itertools import groupby, islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import keys, rows
-from pipeline.answers import AnswerIndex
+from pipeline.compression_index import Done
 from pipeline.config import CaptionConfig
 from pipeline.errors import StartupError
-from pipeline.manifest import BrokenLine, broken_line, folder_of, is_manifest, read_manifest
+from pipeline.known_videos import find_videos
+from pipeline.manifest import (
+    ASKS,
+    BrokenLine,
+    Manifest,
+    broken_line,
+    folder_of,
+    is_manifest,
+    read_manifest,
+)
 from pipeline.storage import S3, ObjectInfo, Storage, StorageError, join
 from pipeline.token_cache import HITS, CacheIndex
 
@@ -35,7 +45,7 @@ class WorkCounts:
     fresh: int = 0  # to decode and compress
     cached: int = 0  # tokens found in the cache
     failed: int = 0  # no such object, forbidden, a broken line
-    answered: int = 0  # nothing left to ask
+    answered: int = 0  # nothing left to ask, or to compress
     given_up: int = 0  # failed before in a way that is not tried again (pipeline.retry)
     prompts: int = 0  # asked in this run, those of failed videos included
     prompts_answered: int = 0  # by earlier runs
@@ -60,28 +70,33 @@ class _Candidate:
     uri: str
     prompts: list[dict[str, str]]
     info: ObjectInfo | None  # a listing tells it, a manifest does not
+    video_key: str | None = None  # where the manifest named the video by it
 
 
 def list_work(
     config: CaptionConfig,
     storage: Storage,
     *,
-    done: AnswerIndex,
+    done: Done,
     cached: CacheIndex,
     folder: str,
+    own_prompts: bool = False,
 ) -> WorkList:
     """Write the work list of a run as Parquet parts under `folder`/work and return it.
 
     fresh: rows.IDENTITY; cached and failed: HITS. Only prompts that `done` has not answered are in
-    it; a video without any is counted and left out. Raises StartupError, which names `source`, when
-    nothing can be listed or read there.
+    it; a video without any is counted and left out. With `own_prompts` a line of the manifest that
+    has none is a broken one, instead of asking the configured prompt. Raises StartupError, which
+    names `source`, when nothing can be listed or read there.
     """
     source = keys.without_credentials(config.source)
     if source != config.source:
         raise StartupError(f"source={source}: leave the credentials to the environment")
     counts: Counter[str] = Counter()
     if is_manifest(config.source):
-        candidates: Iterator[_Candidate | BrokenLine] = _named(config, storage, counts)
+        candidates: Iterator[_Candidate | BrokenLine] = _named(
+            config, storage, counts, cached=cached, own_prompts=own_prompts
+        )
         root = folder_of(config.source)
     else:
         candidates = _listed(config, storage)
@@ -127,10 +142,15 @@ def _listed(config: CaptionConfig, storage: Storage) -> Iterator[_Candidate]:
 
 
 def _named(
-    config: CaptionConfig, storage: Storage, counts: Counter[str]
+    config: CaptionConfig,
+    storage: Storage,
+    counts: Counter[str],
+    *,
+    cached: CacheIndex,
+    own_prompts: bool,
 ) -> Iterator[_Candidate | BrokenLine]:
     """Yield the videos of a manifest, each once with all its prompts; then its broken lines."""
-    manifest = read_manifest(storage, config.source)
+    manifest, infos = _by_uri(config, storage, cached, read_manifest(storage, config.source))
     default = _default_prompt(config)
     broken = list(manifest.broken)
     lines = (
@@ -140,7 +160,12 @@ def _named(
     )
     for uri, asks in groupby(lines, key=lambda line: line["uri"]):
         prompts: dict[str, str] = {}
+        video_key = None
         for ask in asks:
+            if own_prompts and ask["prompt"] is None:
+                broken.append(broken_line(config.source, ask["line"], "it has no prompt"))
+                continue
+            video_key = video_key or ask["video_key"]
             prompt = default["prompt"] if ask["prompt"] is None else ask["prompt"]
             name = ask["prompt_id"] or keys.prompt_id(prompt)
             if prompts.setdefault(name, prompt) != prompt:
@@ -150,11 +175,35 @@ def _named(
                 counts["duplicates"] += 1
         counts["duplicates"] -= len(prompts)
         named = [{"prompt_id": name, "prompt": prompt} for name, prompt in prompts.items()]
-        yield _Candidate(uri, named, None)
+        if named:
+            yield _Candidate(uri, named, infos.get(video_key or ""), video_key)
     if not manifest.asks.num_rows and not broken:
         raise StartupError(f"source={config.source}: the manifest is empty; name videos in it")
     counts["broken_lines"] = len(broken)
     yield from broken
+
+
+def _by_uri(
+    config: CaptionConfig, storage: Storage, cached: CacheIndex, manifest: Manifest
+) -> tuple[Manifest, dict[str, ObjectInfo]]:
+    """Give a uri to the lines that name a video by its key; return also these keys' objects."""
+    named = pc.is_valid(manifest.asks.column("uri"))
+    keyed = manifest.asks.filter(pc.invert(named))
+    if not keyed.num_rows:
+        return manifest, {}
+    video_keys = pc.unique(keyed.column("video_key")).to_pylist()
+    found = find_videos(storage, config.output, cached, video_keys)
+    asks, broken = [], list(manifest.broken)
+    for ask in keyed.to_pylist():
+        info = found[ask["video_key"]]
+        if isinstance(info, str):
+            broken.append(broken_line(config.source, ask["line"], info))
+        else:
+            asks.append({**ask, "uri": info.uri})
+    table = pa.concat_tables([manifest.asks.filter(named), pa.Table.from_pylist(asks, ASKS)])
+    table = table.sort_by([("uri", "ascending"), ("line", "ascending")])
+    infos = {key: info for key, info in found.items() if not isinstance(info, str)}
+    return Manifest(table, broken), infos
 
 
 def _probed(
@@ -198,11 +247,12 @@ def _probe(
         return _failed(shown, candidate.prompts, "bad_name", f"{shown}: the name is not UTF-8")
     try:
         info = candidate.info or storage.stat(uri)
-        content = _sha256(storage, uri) if hash_content and not uri.startswith(S3) else None
+        hashed = hash_content and not candidate.video_key and not uri.startswith(S3)
+        content = _sha256(storage, uri) if hashed else None
     except StorageError as error:
         return _failed(uri, candidate.prompts, error.error_type, str(error))
     return {
-        "video_key": keys.video_key(info, root=root, content_sha256=content),
+        "video_key": candidate.video_key or keys.video_key(info, root=root, content_sha256=content),
         "uri": uri,
         "size_bytes": info.size_bytes,
         "etag": info.etag,
@@ -254,7 +304,7 @@ def _merged(videos: Iterable[dict[str, Any]], counts: Counter[str]) -> list[dict
 
 
 def _sorted_out(
-    chunk: Sequence[dict[str, Any]], done: AnswerIndex, cached: CacheIndex, counts: Counter[str]
+    chunk: Sequence[dict[str, Any]], done: Done, cached: CacheIndex, counts: Counter[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the kind and the row of each video that has something left to be asked."""
     asks = [

@@ -1,5 +1,7 @@
 """The whole plan on local Ray, against a real S3 server: bad videos, a rerun, another question."""
 
+import csv
+import io
 import json
 import logging
 import os
@@ -21,11 +23,12 @@ from omnisift.compress import drop_shares
 from omnisift.compressor import Clip, VideoCompressor
 from omnisift.mini.tiny import write_tiny_model
 from pipeline import rows
-from pipeline.answers import read_answers
+from pipeline.answers import find_files, read_answers
 from pipeline.config import AnswerConfig, CaptionConfig, CompressionConfig, MediaConfig
 from pipeline.decoder import decode_file
 from pipeline.errors import StartupError
-from pipeline.run import caption_corpus
+from pipeline.parquet import read_columns
+from pipeline.run import answer_questions, caption_corpus, compress_corpus
 from pipeline.storage import Storage
 from pipeline.testing.clips import render
 from pipeline.testing.s3_server import S3Server
@@ -176,6 +179,74 @@ def _check_cache(config: CaptionConfig, s3: S3Server) -> None:
         assert row["modality"].count(1) == row["kept_video_tokens"] < row["num_video_tokens"]
         assert row["modality"].count(2) == row["kept_audio_tokens"]
         assert max(map(max, row["positions"])) < row["next_position"]
+
+
+def test_tokens_first_and_questions_by_uri_or_key_later(
+    config: CaptionConfig, model: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    config = replace(config, output=config.output.replace("captions", "questions"))
+    storage = Storage(config.storage)
+    first = compress_corpus(config, said.append)
+    assert (first.videos_ok, first.videos_failed, first.source.fresh) == (2, 3, 5)
+    assert {stage.stage: stage.videos for stage in first.stages}["answer"] == 0
+    # failures alone are rows, each of the prompt that it would have been asked
+    seen = read_answers(config.output, storage).to_pylist()
+    assert sorted(row["error_type"] for row in seen) == ["not_a_video", "not_a_video", "truncated"]
+
+    second = compress_corpus(config, said.append)
+    assert (second.videos, second.source.answered, second.source.given_up) == (0, 2, 3)
+
+    # one video named by its key, one by its uri and by its key, and lines that ask for nothing
+    videos = [
+        row
+        for uri in find_files(config.output, storage).committed
+        if "/videos-" in uri
+        for row in read_columns(storage, uri).to_pylist()
+    ]
+    key_of = {row["uri"].rpartition("/")[2]: row["video_key"] for row in videos}
+    uri_of = {row["uri"].rpartition("/")[2]: row["uri"] for row in videos}
+    asks = [
+        ("", key_of["carphone.mp4"], "who", "Who is seen?"),
+        ("", key_of["carphone.mp4"], "where", "Where is it?"),
+        (uri_of["h264 sound #1.mp4"], "", "who", "Who is seen?"),
+        ("", key_of["h264 sound #1.mp4"], "who", "Who is seen?"),
+        (uri_of["page.mp4"], "", "who", "Who is seen?"),
+        ("", "0" * 64, "who", "Who is seen?"),
+        (uri_of["carphone.mp4"], "", "how", ""),
+    ]
+    text = io.StringIO()
+    csv.writer(text).writerows([("uri", "video_key", "prompt_id", "prompt"), *asks])
+    table = f"{config.output}-asked.csv"
+    storage.write(table, text.getvalue().encode())
+    asking = replace(config, source=table)
+    third = answer_questions(asking, said.append)
+    assert (third.cache_hits, third.answers_ok, third.source.fresh) == (2, 3, 0)
+    assert (third.source.duplicates, third.source.broken_lines, third.videos_failed) == (1, 2, 3)
+    given = {
+        (row["uri"].rpartition("/")[2], row["prompt_id"]): row
+        for row in read_answers(config.output, storage).to_pylist()
+    }
+    clip = render(tmp_path, ["carphone.mp4"])["carphone.mp4"]
+    expected = _texts_without_ray(config, model, clip, "Where is it?")
+    assert given["carphone.mp4", "where"]["text"] == expected
+    assert given["carphone.mp4", "where"]["video_key"] == key_of["carphone.mp4"]
+    assert given["page.mp4", "who"]["error_type"] == "not_a_video"
+    assert (
+        "no earlier run"
+        in given["questions-asked.csv#line 7", _id_of_broken(given)]["error_message"]
+    )
+
+    # again: only the broken lines, which fail as they must
+    fourth = answer_questions(asking, said.append)
+    assert (fourth.answers_ok, fourth.cache_hits, fourth.source.prompts_answered) == (0, 0, 3)
+    with pytest.raises(StartupError, match="questions are a"):
+        answer_questions(config, said.append)
+
+
+def _id_of_broken(given: dict[tuple[str, str], dict[str, object]]) -> str:
+    """Return the prompt id under which broken lines are failed."""
+    return next(prompt_id for uri, prompt_id in given if "#line" in uri)
 
 
 def test_what_the_user_must_mend_is_said_before_anything_is_decoded(

@@ -1,5 +1,6 @@
 """The stores together, run after run, on a disk and on an S3 server; towers and model are faked."""
 
+import json
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -225,6 +226,61 @@ def test_a_changed_video_is_done_again_and_its_old_answer_gone(corpus: Corpus) -
     corpus.run()
     assert sorted(corpus.compressed) == ["b.mp4", "broken.mp4"]
     assert corpus.seen() == GOOD
+
+
+def _ask_by_key(corpus: Corpus, prompt: str) -> None:
+    """Name b.mp4 by its key, in a table that lies elsewhere than the videos."""
+    seen = read_answers(corpus.config.output, STORAGE).to_pylist()
+    (video_key,) = {row["video_key"] for row in seen if row["uri"].endswith("/b.mp4")}
+    line = json.dumps({"video_key": video_key, "prompt_id": "who", "prompt": prompt})
+    corpus.put("asked/questions.jsonl", line.encode())
+    corpus.config = replace(corpus.config, source=join(corpus.root, "asked/questions.jsonl"))
+    corpus.compressed, corpus.asked = [], []
+
+
+def test_a_video_is_named_by_its_key(corpus: Corpus) -> None:
+    corpus.run()
+    _ask_by_key(corpus, "Who?")
+    report = corpus.run()
+    assert report is not None
+    assert (corpus.asked, corpus.compressed) == ([("b.mp4", "Who?")], [])
+    assert report.cache_hits == 1
+    report = corpus.run()
+    assert report is not None
+    assert (report.videos, report.source.answered) == (0, 1)
+    assert corpus.seen() == sorted([*GOOD, ("b.mp4", "ok")])
+
+
+def test_a_key_of_an_object_that_has_changed_is_refused(corpus: Corpus) -> None:
+    corpus.run()
+    _ask_by_key(corpus, "Who?")
+    corpus.put("videos/b.mp4", b"another video")
+    report = corpus.run()
+    assert report is not None
+    assert (report.failed_by_type, corpus.asked) == ({"bad_manifest_row": 1}, [])
+    assert "older" in report.examples[0].message
+    assert set(GOOD) <= set(corpus.seen())  # what was answered about the old one stays for now
+
+
+def test_a_key_of_an_object_that_is_away_is_answered_from_the_cache(
+    corpus: Corpus,
+) -> None:
+    corpus.run()
+    _ask_by_key(corpus, "Who?")
+    STORAGE.delete(join(corpus.root, "videos/b.mp4"))
+    corpus.run()
+    assert corpus.asked == [("b.mp4", "Who?")]
+
+
+def test_a_key_is_found_in_the_cache_when_the_answers_are_gone(corpus: Corpus) -> None:
+    corpus.run()
+    _ask_by_key(corpus, "Who?")
+    for info in list(STORAGE.list(corpus.config.output)):
+        if "/cache/" not in info.uri:
+            STORAGE.delete(info.uri)
+    corpus.run()
+    assert corpus.asked == [("b.mp4", "Who?")]
+    assert corpus.seen() == [("b.mp4", "ok")]
 
 
 def test_failures_are_shown_by_the_command_the_report_names(

@@ -1,0 +1,30 @@
+"""What a run that only compresses has left to do."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.answers import AnswerIndex
+from pipeline.token_cache import CacheIndex
+
+
+class CompressionIndex:
+    """Stand in for AnswerIndex where nothing is asked: a video is done when its tokens are cached.
+
+    Failures are known as everywhere, from the rows of earlier runs.
+    """
+
+    def __init__(self, done: AnswerIndex, cached: CacheIndex) -> None:
+        self._cached = cached
+        self.given_up = done.given_up
+        self.ask_given_up = done.ask_given_up
+        self.attempts = done.attempts
+
+    def answered(self, asks: Sequence[tuple[str, str, str]]) -> npt.NDArray[np.bool_]:
+        """Say for each (video_key, prompt_id, prompt) whether the video has its tokens."""
+        places = self._cached.locate([video_key for video_key, _, _ in asks])
+        return np.array([place is not None for place in places], np.bool_)
+
+
+Done = AnswerIndex | CompressionIndex

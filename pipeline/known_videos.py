@@ -1,0 +1,98 @@
+"""Find the objects behind video keys: in the videos files of earlier runs, or in the cache."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import keys
+from pipeline.answers import find_files
+from pipeline.parquet import read_columns
+from pipeline.storage import S3, ObjectInfo, Storage, StorageError
+from pipeline.token_cache import UNREADABLE, CacheIndex
+
+_PROBES = 64  # requests in flight: a probe is all latency
+_READERS = 32
+_COLUMNS = ("video_key", "uri", "size_bytes", "etag")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What an earlier run wrote of an object."""
+
+    uri: str
+    size_bytes: int | None  # the cache does not keep it
+    etag: str
+
+
+def find_videos(
+    storage: Storage, output: str, cached: CacheIndex, video_keys: Sequence[str]
+) -> dict[str, ObjectInfo | str]:
+    """Return the object of each key, or in words why there is none.
+
+    An object that has changed since is refused, since its old tokens would answer for the new
+    one: by key in S3, by size on a disk, where a key depends on the folder it was listed from.
+    One that is away is taken as it was: its tokens may be in the cache.
+    """
+    known = {**_cached(storage, cached, video_keys), **_listed(storage, output, video_keys)}
+    with ThreadPoolExecutor(_PROBES) as pool:
+        found = pool.map(lambda key: _probe(storage, key, known.get(key)), video_keys)
+        return dict(zip(video_keys, found, strict=True))
+
+
+def _listed(storage: Storage, output: str, video_keys: Sequence[str]) -> dict[str, _Known]:
+    files = find_files(output, storage)
+    wanted = pa.array(video_keys, pa.string())
+
+    def read(uri: str) -> list[dict[str, Any]]:
+        try:
+            table = read_columns(storage, uri, _COLUMNS)
+            found: list[dict[str, Any]] = table.filter(
+                pc.is_in(table.column("video_key"), wanted)
+            ).to_pylist()
+        except UNREADABLE:
+            return []  # its keys are not found; jobs/verify.py names the file
+        return found
+
+    uris = [uri for uri in (*files.committed, *files.orphans) if "/videos-" in uri]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return {
+            row["video_key"]: _Known(row["uri"], row["size_bytes"], row["etag"] or "")
+            for rows in pool.map(read, sorted(uris))
+            for row in rows
+        }
+
+
+def _cached(storage: Storage, cached: CacheIndex, video_keys: Sequence[str]) -> dict[str, _Known]:
+    places = sorted(
+        (place.file, place.row, key)
+        for key, place in zip(video_keys, cached.locate(video_keys), strict=True)
+        if place
+    )
+    known: dict[str, _Known] = {}
+    for file, group in groupby(places, key=lambda place: place[0]):
+        uris = read_columns(storage, file, ["uri"]).column("uri")
+        known |= {key: _Known(uris[row].as_py(), None, "") for _, row, key in group}
+    return known
+
+
+def _probe(storage: Storage, key: str, known: _Known | None) -> ObjectInfo | str:
+    if known is None:
+        return f"video_key {key} is in no earlier run of this output and not in the cache"
+    try:
+        info = storage.stat(known.uri)
+    except StorageError as error:
+        if error.error_type == "not_found":
+            return ObjectInfo(known.uri, known.size_bytes or 0, known.etag, 0)
+        return f"video_key {key}: {error}"
+    if known.uri.startswith(S3):
+        same = keys.video_key(info, root="") == key
+    else:
+        same = known.size_bytes in (None, info.size_bytes)
+    if same:
+        return info
+    return f"video_key {key} is of an older {known.uri}; name its uri to ask about the new one"
