@@ -2,6 +2,8 @@
 
 A run is visible when `_COMMITTED`, its list of files, lies in its folder; it is written last. The
 files of a run that was killed are complete but in no list: the next run adopts them in its own.
+A compaction is a run whose list also says which files of others it replaces: from then on they
+count no more, and they are deleted when nobody can still be reading them.
 """
 
 import hashlib
@@ -9,7 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,6 +44,20 @@ class Commit:
     num_answers: int  # rows in `files`, before readers drop the superseded ones
     num_videos: int
     created_at: str
+    replaces: list[str] = field(default_factory=list)  # files that count no more: compacted
+
+    def listed(self, output: str) -> set[str]:
+        """Return the uris of `files`."""
+        return {self._resolve(output, file) for file in self.files}
+
+    def replaced(self, output: str) -> set[str]:
+        """Return the uris of `replaces`."""
+        return {self._resolve(output, file) for file in self.replaces}
+
+    def _resolve(self, output: str, file: str) -> str:
+        output = plain(output)
+        adopted = file.startswith("../")
+        return join(output, file[3:]) if adopted else join(output, self.run_id, file)
 
 
 @dataclass(frozen=True)
@@ -57,32 +73,59 @@ def find_files(output: str, storage: Storage) -> OutputFiles:
 
     Raises StartupError when the output cannot be listed.
     """
+    found, commits = list_output(output, storage)
+    listed = {uri for commit in commits.values() for uri in commit.listed(output)}
+    replaced = {uri for commit in commits.values() for uri in commit.replaced(output)}
+    return OutputFiles(
+        tuple(sorted(listed - replaced)), tuple(sorted(found.keys() - listed - replaced))
+    )
+
+
+def list_output(output: str, storage: Storage) -> tuple[dict[str, int], dict[str, Commit]]:
+    """Return the size of each answers and videos file by uri, and each marker by its run.
+
+    Raises StartupError when the output cannot be listed or a marker is broken.
+    """
     output = plain(output)
-    found: set[str] = set()
-    listed: set[str] = set()
+    found: dict[str, int] = {}
+    commits: dict[str, Commit] = {}
     try:
         for info in storage.list(output, suffixes=(".parquet", COMMITTED.lower())):
             run_id, _, name = info.uri[len(output) + 1 :].partition("/")
             if name == COMMITTED:
-                commit = Commit(**json.loads(storage.read(info.uri)))
-                listed.update(_resolve(output, run_id, file) for file in commit.files)
+                marker = _read_marker(storage, info.uri)
+                if marker:
+                    commits[run_id] = marker
             elif "/" not in name and name.startswith(("answers-", "videos-")):
-                found.add(info.uri)
+                found[info.uri] = info.size_bytes
     except StorageError as error:
         if error.error_type != "not_found":
             raise StartupError(f"output={output}: it cannot be read: {error}") from error
     except (ValueError, TypeError) as error:
         raise StartupError(f"output={output}: the marker {info.uri} is broken: {error}") from error
-    return OutputFiles(tuple(sorted(listed)), tuple(sorted(found - listed)))
+    return found, commits
 
 
-def _resolve(output: str, run_id: str, file: str) -> str:
-    adopted = file.startswith("../")
-    return join(output, file[3:]) if adopted else join(output, run_id, file)
+def _read_marker(storage: Storage, uri: str) -> Commit | None:
+    try:
+        return Commit(**json.loads(storage.read(uri)))
+    except StorageError as error:
+        if error.error_type != "not_found":
+            raise
+        return None  # deleted since it was listed: another marker replaces all that it names
 
 
-def commit(storage: Storage, output: str, run_id: str, orphans: Sequence[str] = ()) -> Commit:
-    """Make the run's files and the adopted `orphans` visible, at once and for good."""
+def commit(
+    storage: Storage,
+    output: str,
+    run_id: str,
+    orphans: Sequence[str] = (),
+    replaces: Sequence[str] = (),
+) -> Commit:
+    """Make the run's files and the adopted `orphans` visible, at once and for good.
+
+    In the same moment the files of other runs that it `replaces` count no more.
+    """
     output = plain(output)
     folder = join(output, run_id)
     own = find_run_files(storage, folder)
@@ -91,16 +134,18 @@ def commit(storage: Storage, output: str, run_id: str, orphans: Sequence[str] = 
         lengths = dict(
             zip(files, pool.map(lambda uri: count_rows(storage, uri), files), strict=True)
         )
-    answers = [uri for uri in files if _is_answers(uri)]
+    answers = [uri for uri in files if is_answers(uri)]
+
+    def relative(uri: str) -> str:
+        return uri[len(folder) + 1 :] if uri in own else f"../{uri[len(output) + 1 :]}"
+
     done = Commit(
         run_id=run_id,
-        files=[
-            uri[len(folder) + 1 :] if uri in own else f"../{uri[len(output) + 1 :]}"
-            for uri in files
-        ],
+        files=[relative(uri) for uri in files],
         num_answers=sum(lengths[uri] for uri in answers),
         num_videos=sum(lengths.values()) - sum(lengths[uri] for uri in answers),
         created_at=datetime.now(UTC).isoformat(),
+        replaces=[relative(uri) for uri in replaces],
     )
     storage.write(join(folder, COMMITTED), (json.dumps(asdict(done), indent=2) + "\n").encode())
     return done
@@ -119,7 +164,8 @@ def find_run_files(storage: Storage, folder: str) -> list[str]:
     return [uri for uri in uris if uri.startswith(prefixes)]
 
 
-def _is_answers(uri: str) -> bool:
+def is_answers(uri: str) -> bool:
+    """Say whether a file of a run holds answers; the others hold videos."""
     return uri.rpartition("/")[2].startswith("answers-")
 
 
@@ -133,23 +179,27 @@ def read_answers(output: str, storage: Storage, *, committed_only: bool = True) 
     """
     files = find_files(output, storage)
     uris = [*files.committed, *(() if committed_only else files.orphans)]
-    uris = [uri for uri in uris if _is_answers(uri)]
+    uris = [uri for uri in uris if is_answers(uri)]
     with ThreadPoolExecutor(_READERS) as pool:
         tables = pool.map(lambda uri: read_columns(storage, uri, rows.ANSWERS.names), uris)
         table = pa.concat_tables([rows.ANSWERS.empty_table(), *tables])
+    return seen_by_readers(table)
+
+
+def seen_by_readers(table: pa.Table) -> pa.Table:
+    """Keep of the rows of an output those that readers see: see read_answers."""
     return _latest(_current(table))
 
 
 def _latest(table: pa.Table) -> pa.Table:
     """Keep one row of each (video_key, prompt_id): the best in the order failed, ok; old, new."""
     ok = pc.equal(table.column("status"), "ok")
-    return _last(table, ["video_key", "prompt_id"], first=ok)
+    return last_of(table, ["video_key", "prompt_id"], first=ok)
 
 
 def _current(table: pa.Table) -> pa.Table:
     """Keep the rows whose key is the newest of their uri."""
-    probed = pc.fill_null(pc.not_equal(table.column("error_stage"), "source"), True)
-    newest = _last(table, ["uri"], first=probed)
+    newest = newest_of_uri(table)
     key_of_uri = (
         newest.column("video_key")
         .combine_chunks()
@@ -158,11 +208,17 @@ def _current(table: pa.Table) -> pa.Table:
     return table.filter(pc.equal(table.column("video_key"), key_of_uri))
 
 
-def _last(table: pa.Table, group: list[str], *, first: pa.ChunkedArray) -> pa.Table:
+def newest_of_uri(table: pa.Table) -> pa.Table:
+    """Keep the row of each uri whose key is the current one; a found object beats a missing one."""
+    probed = pc.fill_null(pc.not_equal(table.column("error_stage"), "source"), True)
+    return last_of(table, ["uri"], first=probed)
+
+
+def last_of(table: pa.Table, group: list[str], *, first: pa.ChunkedArray) -> pa.Table:
     """Keep the last row of each group, ordered by `first`, created_at, and place in the table."""
     place = pa.array(np.arange(table.num_rows))
     order = pc.sort_indices(
-        pa.table([pc.cast(first, pa.int8()), table.column("created_at"), place], ["f", "c", "p"]),
+        pa.table([pc.cast(first, pa.int32()), table.column("created_at"), place], ["f", "c", "p"]),
         sort_keys=[("f", "ascending"), ("c", "ascending"), ("p", "ascending")],
     )
     ranked = table.select(group).take(order).append_column("place", place)
@@ -204,7 +260,7 @@ class AnswerIndex:
         files = find_files(output, storage)
         self.unreadable: list[str] = []
         tables = [_SEEN.empty_table()]
-        uris = [uri for uri in (*files.committed, *files.orphans) if _is_answers(uri)]
+        uris = [uri for uri in (*files.committed, *files.orphans) if is_answers(uri)]
         with ThreadPoolExecutor(_READERS) as pool:
             read = pool.map(lambda uri: _read_seen(storage, uri, fingerprint), uris)
             for uri, table in zip(uris, read, strict=True):
@@ -222,7 +278,7 @@ class AnswerIndex:
         for row in seen.filter(pc.and_not(own, ok)).to_pylist():
             self._remember(row, max_attempts)
         # What readers see is settled among all rows, those of other settings included.
-        seen = _latest(_current(seen))
+        seen = seen_by_readers(seen)
         done = seen.filter(pc.and_(seen.column("own"), pc.equal(seen.column("status"), "ok")))
         asks = b"".join(done.column("ask").to_pylist())
         self._answered = key_index.KeyIndex(np.frombuffer(asks, key_index.KEY))

@@ -279,3 +279,43 @@ class ShowConfig:
         _require(bool(self.output), "output", "a prefix to read from", self.output)
         _require(self.status in ("", "ok", "failed"), "status", "ok or failed", self.status)
         _require(self.limit >= 1, "limit", "at least 1", self.limit)
+
+
+@dataclass(frozen=True)
+class CompactConfig:
+    """What `jobs/compact.py` merges."""
+
+    output: str = _key("", "s3:// or local prefix that a job wrote its answers to")
+    cache: str = _key("", "prefix of the token cache; empty: <output>/cache")
+    target_bytes: int = _key(256 << 20, "size of a merged file; files below a quarter are merged")
+    grace_s: float = _key(86_400.0, "seconds a replaced file stays, for who began to read before")
+    storage: StorageConfig = _key(StorageConfig(), "")
+
+    def __post_init__(self) -> None:
+        """Refuse an output that is not named and sizes that merge nothing."""
+        _require(bool(self.output), "output", "a prefix to compact", self.output)
+        _require(self.target_bytes >= 1, "target_bytes", "at least 1", self.target_bytes)
+        _require(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
+
+    @property
+    def cache_root(self) -> str:
+        """Return the prefix of the token cache, without a slash at its end."""
+        return (self.cache or f"{self.output.rstrip('/')}/cache").rstrip("/")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What `jobs/verify.py` checks."""
+
+    output: str = _key("", "s3:// or local prefix that a job wrote its answers to")
+    cache: str = _key("", "prefix of the token cache; empty: <output>/cache")
+    storage: StorageConfig = _key(StorageConfig(), "")
+
+    def __post_init__(self) -> None:
+        """Refuse an output that is not named."""
+        _require(bool(self.output), "output", "a prefix to check", self.output)
+
+    @property
+    def cache_root(self) -> str:
+        """Return the prefix of the token cache, without a slash at its end."""
+        return (self.cache or f"{self.output.rstrip('/')}/cache").rstrip("/")

@@ -38,6 +38,11 @@ class KeyIndex:
         """Return the number of distinct keys."""
         return len(self._keys)
 
+    @property
+    def places(self) -> Integers:
+        """Return the places that count: of equal keys the last one's."""
+        return self._places
+
     def find(self, keys: Keys) -> Integers:
         """Return the place of each key in the order given to the constructor; -1: not there."""
         if not len(self._keys):

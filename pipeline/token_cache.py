@@ -77,21 +77,34 @@ def write_part(storage: Storage, folder: str, run_id: str, block: pa.Table) -> s
         "created_at": pa.array([datetime.now(UTC)] * block.num_rows, pa.timestamp("us", tz="UTC")),
     }
     columns = [own[name] if name in own else block.column(name) for name in rows.CACHED.names]
+    uri = join(folder, f"part-{run_id}-{uuid.uuid4().hex}.parquet")
+    write_rows(storage, uri, [pa.table(columns, schema=rows.CACHED)])
+    return uri
+
+
+def write_rows(storage: Storage, uri: str, tables: Iterable[pa.Table]) -> int:
+    """Write rows of rows.CACHED as they stand as one file, a row group each; return their number.
+
+    Without rows nothing is written.
+    """
+    num_rows = 0
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        pa.table(columns, schema=rows.CACHED),
+    with pq.ParquetWriter(
         sink,
-        row_group_size=1,
+        rows.CACHED,
         # bfloat16 tokens shrink to 78 %: level 1 finds all of it, at 200 MB/s on one core.
         compression="zstd",
         compression_level=1,
         use_dictionary=False,
         write_statistics=["video_key", "created_at"],
         write_page_checksum=True,
-    )
-    uri = join(folder, f"part-{run_id}-{uuid.uuid4().hex}.parquet")
-    storage.write(uri, sink.getvalue())
-    return uri
+    ) as writer:
+        for table in tables:
+            num_rows += table.num_rows
+            writer.write_table(table, row_group_size=1)
+    if num_rows:
+        storage.write(uri, sink.getvalue())
+    return num_rows
 
 
 def read_row(part: pq.ParquetFile, row: int) -> pa.Table:
@@ -150,9 +163,10 @@ class CacheIndex:
     def __init__(self, storage: Storage, folder: str) -> None:
         """Read the index of `<cache>/<fingerprint>`; a folder that does not exist is empty."""
         folder = keys.plain(folder)
-        files, bad = _list_cache(storage, folder)
-        buried = _tombstones(storage, folder, bad)
+        files, bad = list_folder(storage, folder)
+        buried = set(read_tombstones(storage, folder, bad).values())
         self._files: list[str] = []
+        self._lengths: list[int] = []
         self.unreadable: list[str] = []
         found, created, file_of, row_of = [], [], [], []
         with ThreadPoolExecutor(_READERS) as pool:
@@ -168,6 +182,7 @@ class CacheIndex:
                 row_of.append(rows_here.astype(np.int32))
                 file_of.append(np.full(len(rows_here), len(self._files), np.int32))
                 self._files.append(uri)
+                self._lengths.append(len(part[0]))
         # An empty first piece, for a cache without files.
         order = np.argsort(np.concatenate([np.empty(0, np.int64), *created]), kind="stable")
         none = np.empty(0, np.int32)
@@ -180,6 +195,19 @@ class CacheIndex:
         """Return the number of videos with kept tokens."""
         return len(self._index)
 
+    def rows_of_files(self) -> dict[str, tuple[int, list[int]]]:
+        """Return for each readable file its length and the rows that count.
+
+        The others are superseded by a later row of the same key, or buried by a tombstone.
+        """
+        live: dict[int, list[int]] = {}
+        for place in self._index.places:
+            live.setdefault(int(self._file_of[place]), []).append(int(self._row_of[place]))
+        return {
+            uri: (self._lengths[number], sorted(live.get(number, [])))
+            for number, uri in enumerate(self._files)
+        }
+
     def locate(self, video_keys: Sequence[str]) -> list[Location | None]:
         """Return where each video's tokens lie; None: a miss."""
         places = self._index.find(key_index.from_hex(list(video_keys)))
@@ -191,7 +219,23 @@ class CacheIndex:
         ]
 
 
-def _list_cache(storage: Storage, folder: str) -> tuple[list[str], list[str]]:
+def find_folders(storage: Storage, root: str) -> list[str]:
+    """Return every `<cache>/<fingerprint>` below a cache; one that does not exist has none."""
+    root = keys.plain(root)
+    folders = set()
+    try:
+        for info in storage.list(root, suffixes=(".parquet", ".json")):
+            folder, _, name = info.uri[len(root) + 1 :].partition("/")
+            if name and "/" not in name and not folder.startswith("."):
+                folders.add(join(root, folder))
+    except StorageError as error:
+        if error.error_type != "not_found":
+            raise StartupError(f"cache: the token cache cannot be read: {error}") from error
+    return sorted(folders)
+
+
+def list_folder(storage: Storage, folder: str) -> tuple[list[str], list[str]]:
+    """Return the part files and the tombstones of `<cache>/<fingerprint>`."""
     files, bad = [], []
     try:
         for info in storage.list(folder, suffixes=(".parquet", ".json")):
@@ -206,12 +250,15 @@ def _list_cache(storage: Storage, folder: str) -> tuple[list[str], list[str]]:
     return files, bad
 
 
-def _tombstones(storage: Storage, folder: str, bad: Iterable[str]) -> set[tuple[str, int]]:
-    buried = set()
+def read_tombstones(
+    storage: Storage, folder: str, bad: Iterable[str]
+) -> dict[str, tuple[str, int]]:
+    """Return the file and row that each tombstone buries; one that cannot be read buries none."""
+    buried = {}
     for uri in bad:
         try:
             tombstone = json.loads(storage.read(uri))
-            buried.add((join(folder, tombstone["file"]), int(tombstone["row"])))
+            buried[uri] = (join(folder, tombstone["file"]), int(tombstone["row"]))
         except (StorageError, ValueError, KeyError, TypeError) as error:
             # Harmless: the damaged row is offered, found damaged and buried once more.
             log.warning("tombstone %s cannot be read: %s", uri, error)

@@ -84,7 +84,13 @@ def test_the_marker_counts_and_names_what_it_commits(tmp_path: Path) -> None:
     marker = json.loads((tmp_path / "run-1" / COMMITTED).read_text())
     assert datetime.fromisoformat(marker.pop("created_at")) > START
     names = ["answers-0.parquet", "answers-2.parquet", "videos-0.parquet", "videos-2.parquet"]
-    assert marker == {"run_id": "run-1", "files": names, "num_answers": 3, "num_videos": 3}
+    assert marker == {
+        "run_id": "run-1",
+        "files": names,
+        "num_answers": 3,
+        "num_videos": 3,
+        "replaces": [],
+    }
 
 
 def test_a_killed_run_is_neither_asked_again_nor_lost(tmp_path: Path) -> None:

@@ -1,0 +1,184 @@
+"""Merge the small files of an output and drop the rows that nobody sees, while readers go on.
+
+The merged files are those of a run of their own. Its marker says which files it replaces, so that
+readers change over in one moment; what they may still be reading is deleted a grace period later:
+first the files, then the markers that name nothing else. Killed anywhere, the next call goes on.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import keys, rows
+from pipeline.answers import (
+    COMMITTED,
+    Commit,
+    commit,
+    is_answers,
+    last_of,
+    list_output,
+    newest_of_uri,
+    seen_by_readers,
+)
+from pipeline.compact_cache import Compaction
+from pipeline.errors import StartupError
+from pipeline.parquet import read_columns
+from pipeline.storage import Storage, StorageError, join
+from pipeline.token_cache import UNREADABLE
+
+_ASK = ["video_key", "prompt_id", "prompt", "fingerprint"]
+# What settles which rows are kept.
+_SETTLES = [*_ASK, "uri", "status", "error_stage", "error_type", "attempts", "created_at"]
+
+_Files = list[tuple[str, pa.Table]]  # each file's uri and the columns that settle, with `place`
+
+
+def compact_answers(
+    storage: Storage, output: str, *, target_bytes: int, grace_s: float, now: datetime
+) -> Compaction:
+    """Compact an output: delete what was replaced, then merge files below a quarter of the target.
+
+    Kept are the rows that readers see, the newest row of each uri, which settles what is seen, and
+    of each question without an answer its last failure of each kind, which settles what is tried
+    again. Raises StartupError when a committed file cannot be read: nothing is dropped on a guess.
+    """
+    output = keys.plain(output)
+    done = _delete(storage, output, before=now - timedelta(seconds=grace_s))
+    found, commits = list_output(output, storage)
+    replaced = {uri for each in commits.values() for uri in each.replaced(output)}
+    listed = {uri for each in commits.values() for uri in each.listed(output)} - replaced
+    run_id = keys.new_run_id()
+    merged: list[str] = []
+    written = 0
+    for answers in (True, False):
+        uris = sorted(uri for uri in listed if is_answers(uri) == answers)
+        kind = _settled(storage, uris, answers=answers)
+        for batch in _batches(kind, found, target_bytes):
+            uri = join(
+                output, run_id, f"{'answers' if answers else 'videos'}-{written:05d}.parquet"
+            )
+            _copy(storage, batch, uri, rows.ANSWERS if answers else rows.VIDEOS)
+            merged += [file for file, _ in batch]
+            written += 1
+    if merged:
+        inherited = [uri for uri in replaced if uri in found or _is_named(uri, commits, output)]
+        commit(storage, output, run_id, replaces=sorted({*merged, *inherited}))
+    return done + Compaction(merged=len(merged), written=written)
+
+
+def _is_named(uri: str, commits: Mapping[str, Commit], output: str) -> bool:
+    return any(uri in each.listed(output) for each in commits.values())
+
+
+def _settled(storage: Storage, uris: Sequence[str], *, answers: bool) -> _Files:
+    """Return each file with the numbers of its rows that are kept, as column `row`."""
+    columns = _SETTLES if answers else ["video_key"]
+    schema = pa.schema((rows.ANSWERS if answers else rows.VIDEOS).field(name) for name in columns)
+    tables = []
+    for number, uri in enumerate(uris):
+        table = _read(storage, uri, columns).cast(schema)
+        length = table.num_rows
+        table = table.append_column("file", pa.array(np.full(length, number, np.int64)))
+        tables.append(table.append_column("row", pa.array(np.arange(length))))
+    none = schema.empty_table()
+    for name in ("file", "row"):
+        none = none.append_column(name, pa.array([], pa.int64()))
+    table = pa.concat_tables([none, *tables])
+    table = table.append_column("place", pa.array(np.arange(table.num_rows)))
+    kept = table.take(_kept_answers(table) if answers else _kept_videos(table))
+    of_file = np.asarray(kept.column("file"))
+    return [
+        (uri, kept.filter(pa.array(of_file == number)).column("row"))
+        for number, uri in enumerate(uris)
+    ]
+
+
+def _kept_answers(table: pa.Table) -> pa.Array:
+    """Return the places of the rows that are kept, in their order."""
+    seen = seen_by_readers(table)
+    failed = table.filter(pc.equal(table.column("status"), "failed"))
+    failures = last_of(failed, [*_ASK, "error_type"], first=failed.column("attempts"))
+    answered = seen.filter(pc.equal(seen.column("status"), "ok")).select(_ASK)
+    failures = failures.join(answered, keys=_ASK, join_type="left anti")
+    places = [each.column("place") for each in (seen, newest_of_uri(table), failures)]
+    return pa.array(np.unique(np.concatenate([np.asarray(each) for each in places])))
+
+
+def _kept_videos(table: pa.Table) -> pa.Array:
+    last = table.group_by("video_key").aggregate([("place", "max")]).column("place_max")
+    return pa.array(np.sort(np.asarray(last)))
+
+
+def _batches(files: _Files, sizes: Mapping[str, int], target_bytes: int) -> list[_Files]:
+    """Return the files that are merged, by merged file: small ones."""
+    batches: list[_Files] = [[]]
+    batch_bytes = 0
+    for uri, live in files:
+        size = sizes.get(uri, 0)
+        if size >= target_bytes / 4:
+            continue
+        if batches[-1] and batch_bytes + size > target_bytes:
+            batches.append([])
+            batch_bytes = 0
+        batches[-1].append((uri, live))
+        batch_bytes += size
+    return [batch for batch in batches if len(batch) > 1]
+
+
+def _copy(storage: Storage, batch: _Files, uri: str, schema: pa.Schema) -> None:
+    """Write the kept rows of some files as one, and see that they can be read back."""
+    tables = [_read(storage, file, schema.names).cast(schema).take(live) for file, live in batch]
+    merged = pa.concat_tables([schema.empty_table(), *tables])
+    sink = pa.BufferOutputStream()
+    pq.write_table(merged, sink, compression="zstd", write_page_checksum=True)
+    storage.write(uri, sink.getvalue())
+    if not _read(storage, uri, schema.names).cast(schema).equals(merged):
+        raise StorageError("storage_error", f"{uri}: reads back as other rows than were written")
+
+
+def _read(storage: Storage, uri: str, columns: Sequence[str]) -> pa.Table:
+    try:
+        return read_columns(storage, uri, columns).select(list(columns))
+    except UNREADABLE as error:
+        raise StartupError(
+            f"output: {uri} cannot be read ({error}), so nothing is dropped; jobs/verify.py names "
+            "all such files"
+        ) from error
+
+
+def _delete(storage: Storage, output: str, *, before: datetime) -> Compaction:
+    found, commits = list_output(output, storage)
+    done = Compaction()
+    for each in commits.values():
+        gone = sorted(each.replaced(output) & found.keys())
+        if gone and datetime.fromisoformat(each.created_at).astimezone(UTC) > before:
+            done += Compaction(waiting=len(gone))
+        elif gone:
+            for uri in each.listed(output):
+                _read(storage, uri, (rows.ANSWERS if is_answers(uri) else rows.VIDEOS).names)
+            for uri in gone:
+                storage.delete(uri)
+                found.pop(uri)
+            done += Compaction(deleted=len(gone))
+    _delete_markers(storage, output, found, commits)
+    return done
+
+
+def _delete_markers(
+    storage: Storage, output: str, found: Mapping[str, int], commits: Mapping[str, Commit]
+) -> None:
+    """Delete the markers all of whose files are gone because another marker replaces them."""
+    left = dict(commits)
+    for run_id, each in sorted(commits.items()):
+        others = [other for name, other in left.items() if name != run_id]
+        replaced = {uri for other in others for uri in other.replaced(output)}
+        named = {uri for other in others for uri in other.listed(output)}
+        files = each.listed(output)
+        needed = (each.replaced(output) & (named | found.keys())) - replaced
+        if files and files <= replaced and not files & found.keys() and not needed:
+            storage.delete(join(output, run_id, COMMITTED))
+            left.pop(run_id)
