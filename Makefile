@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix
+.PHONY: help demo test chaos check fix
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,6 +21,9 @@ demo: $(READY)  ## real videos from an S3 bucket to captions in Parquet, twice: 
 
 test: $(READY)  ## every test that needs neither a GPU nor minutes
 	@$(BIN)/python -m pytest -m "not gpu and not slow" --durations=15
+
+chaos: $(READY)  ## kill drivers and workers, break the store's answers; about 20 minutes, ends with a table
+	@$(BIN)/python -m pytest tests/chaos -m slow
 
 check: $(READY)  ## lint, format, types and the direction of imports; changes nothing
 	@$(BIN)/ruff check .

@@ -25,7 +25,18 @@ class Cluster:
     """Where the dashboard is, and the variables a client needs to be let in."""
 
     dashboard_url: str
+    address: str  # what RAY_ADDRESS names
     environment: Mapping[str, str]
+    session: int  # of its processes
+
+    def workers(self) -> list[int]:
+        """Return the processes that run tasks and actors now."""
+        found = []
+        for pid in _members(self.session, self.environment["RAY_TMPDIR"]):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+                    found.append(pid)
+        return found
 
     def submit(
         self,
@@ -62,7 +73,7 @@ def local_cluster(*, num_cpus: int, object_store_bytes: int = 256 << 20) -> Iter
     """
     # A short path: Ray puts Unix sockets under it, whose names may have 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        port = _free_port()
+        port, gcs_port = _free_port(), _free_port()
         environment = {
             **_without_ray(os.environ),
             "RAY_AUTH_MODE": "token",
@@ -76,7 +87,7 @@ def local_cluster(*, num_cpus: int, object_store_bytes: int = 256 << 20) -> Iter
         start = [
             *_RAY,
             *("start", "--head", "--block", "--disable-usage-stats"),
-            *("--node-ip-address", "127.0.0.1", "--port", str(_free_port())),
+            *("--node-ip-address", "127.0.0.1", "--port", str(gcs_port)),
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)),
             *("--dashboard-agent-listen-port", "0", "--ray-client-server-port", str(_free_port())),
             *("--num-cpus", str(num_cpus), "--object-store-memory", str(object_store_bytes)),
@@ -92,7 +103,9 @@ def local_cluster(*, num_cpus: int, object_store_bytes: int = 256 << 20) -> Iter
                 stderr=output,
                 start_new_session=True,
             )
-        cluster = Cluster(f"http://127.0.0.1:{port}", environment)
+        cluster = Cluster(
+            f"http://127.0.0.1:{port}", f"127.0.0.1:{gcs_port}", environment, process.pid
+        )
         try:
             _await_jobs(process, cluster, log)
             yield cluster
