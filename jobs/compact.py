@@ -3,12 +3,14 @@
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Any
 
 from pipeline.cli import load
 from pipeline.compact_answers import compact_answers
 from pipeline.compact_cache import Compaction, compact_cache
 from pipeline.config import CompactConfig
 from pipeline.errors import StartupError
+from pipeline.lease import hold
 from pipeline.storage import Storage, StorageError
 from pipeline.token_cache import find_folders
 
@@ -26,19 +28,23 @@ def main() -> int:
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     config = load(CompactConfig, sys.argv[1:])
     storage = Storage(config.storage)
-    target_bytes, now = config.target_bytes, datetime.now(UTC)
+    sizes: dict[str, Any] = {
+        "target_bytes": config.target_bytes,
+        "grace_s": config.grace_s,
+        "now": datetime.now(UTC),
+    }
+    damaged: list[str] = []
     try:
-        done = compact_answers(
-            storage, config.output, target_bytes=target_bytes, grace_s=config.grace_s, now=now
-        )
-        print(describe("answers", done))
-        damaged: list[str] = []
-        for folder in find_folders(storage, config.cache_root):
-            done = compact_cache(
-                storage, folder, target_bytes=target_bytes, grace_s=config.grace_s, now=now
-            )
-            print(describe(f"cache {folder.rpartition('/')[2][:12]}", done))
-            damaged += done.damaged
+        with hold(
+            storage, config.output, "jobs/compact.py", expiry_s=config.lease.expiry_s, say=print
+        ) as lease:
+            done = compact_answers(storage, config.output, **sizes)
+            print(describe("answers", done))
+            for folder in find_folders(storage, config.cache_root):
+                lease.check()
+                done = compact_cache(storage, folder, **sizes)
+                print(describe(f"cache {folder.rpartition('/')[2][:12]}", done))
+                damaged += done.damaged
     except (StartupError, StorageError) as error:
         print(f"error: {error}; what was done so far holds, run it again", file=sys.stderr)
         return 2

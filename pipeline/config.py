@@ -233,6 +233,17 @@ class RetryConfig:
 
 
 @dataclass(frozen=True)
+class LeaseConfig:
+    """How runs keep out of each other's way: one at a time writes to an output."""
+
+    expiry_s: float = _key(60.0, "seconds without renewal after which a run counts as dead")
+
+    def __post_init__(self) -> None:
+        """Refuse a lease that ends before it can be renewed."""
+        _require(self.expiry_s >= 1, "lease.expiry_s", "at least 1", self.expiry_s)
+
+
+@dataclass(frozen=True)
 class CaptionConfig:
     """What the jobs that caption a corpus, answer questions about it or compress it are told."""
 
@@ -250,6 +261,7 @@ class CaptionConfig:
     pools: PoolsConfig = _key(PoolsConfig(), "")
     storage: StorageConfig = _key(StorageConfig(), "")
     retry: RetryConfig = _key(RetryConfig(), "")
+    lease: LeaseConfig = _key(LeaseConfig(), "")
 
     def __post_init__(self) -> None:
         """Refuse a job without a corpus or a place for its answers."""
@@ -290,6 +302,7 @@ class CompactConfig:
     target_bytes: int = _key(256 << 20, "size of a merged file; files below a quarter are merged")
     grace_s: float = _key(86_400.0, "seconds a replaced file stays, for who began to read before")
     storage: StorageConfig = _key(StorageConfig(), "")
+    lease: LeaseConfig = _key(LeaseConfig(), "")
 
     def __post_init__(self) -> None:
         """Refuse an output that is not named and sizes that merge nothing."""

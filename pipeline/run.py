@@ -17,12 +17,13 @@ from pipeline.answers import AnswerIndex, commit
 from pipeline.compression_index import CompressionIndex
 from pipeline.config import CaptionConfig
 from pipeline.errors import StartupError
+from pipeline.lease import Lease, hold
 from pipeline.manifest import is_manifest
 from pipeline.plan import plan, plan_compression
 from pipeline.pools import Pools, size_pools
 from pipeline.report import Report, make_report, write_report
 from pipeline.settings import Settings, make_settings
-from pipeline.stages.source import WorkList, list_work
+from pipeline.stages.source import WorkCounts, WorkList, list_work
 
 log = logging.getLogger(__name__)
 
@@ -76,46 +77,53 @@ def _run(
     start_ray()
     pools = size_pools(config.pools, answers=answers)
     run = make_settings(config, folder, selector, uses_gpu=pools.uses_gpu, answers=answers)
-    token_cache.write_fingerprint(run.storage, run.cache_folder, run.ingredients)
-    done = AnswerIndex(
-        run.storage,
-        run.output,
-        fingerprint=run.answer_fingerprint,
-        max_attempts=0 if config.retry.failed else config.retry.max_attempts,
-    )
-    cached = token_cache.CacheIndex(run.storage, run.cache_folder)
-    work = list_work(
-        config,
-        run.storage,
-        done=done if answers else CompressionIndex(done, cached),
-        cached=cached,
-        folder=run.run_folder,
-        own_prompts=own_prompts,
-    )
-    counts = work.counts
-    warnings += [f"unreadable, its videos are done again: {file}" for file in cached.unreadable]
-    warnings += [f"unreadable, its prompts are asked again: {file}" for file in done.unreadable]
-    say(
-        f"run {run.run_id}: {counts.videos} videos: {counts.fresh} to decode and compress, "
+    who = f"run {run.run_id}"
+    with hold(run.storage, run.output, who, expiry_s=config.lease.expiry_s, say=say) as lease:
+        token_cache.write_fingerprint(run.storage, run.cache_folder, run.ingredients)
+        done = AnswerIndex(
+            run.storage,
+            run.output,
+            fingerprint=run.answer_fingerprint,
+            max_attempts=0 if config.retry.failed else config.retry.max_attempts,
+        )
+        cached = token_cache.CacheIndex(run.storage, run.cache_folder)
+        work = list_work(
+            config,
+            run.storage,
+            done=done if answers else CompressionIndex(done, cached),
+            cached=cached,
+            folder=run.run_folder,
+            own_prompts=own_prompts,
+        )
+        counts = work.counts
+        warnings += [f"unreadable, its videos are done again: {file}" for file in cached.unreadable]
+        warnings += [f"unreadable, its prompts are asked again: {file}" for file in done.unreadable]
+        say(_describe(run.run_id, counts))
+        if work.fresh or work.cached or work.failed:
+            _configure_ray_data()
+            _stream(order(work, run, pools), work, lease, say)
+        lease.check()
+        commit(run.storage, run.output, run.run_id, done.orphans)
+        report = make_report(
+            run.storage,
+            run.output,
+            run.run_id,
+            counts=counts,
+            actors=pools.actors(fresh=bool(work.fresh), cached=bool(work.cached or work.failed)),
+            wall_s=time.monotonic() - start,
+            warnings=warnings,
+            answered=answers,
+        )
+        write_report(run.storage, report)
+    return report
+
+
+def _describe(run_id: str, counts: WorkCounts) -> str:
+    return (
+        f"run {run_id}: {counts.videos} videos: {counts.fresh} to decode and compress, "
         f"{counts.cached} in the cache, {counts.answered} done already, "
         f"{counts.failed} cannot be read, {counts.given_up} given up by earlier runs"
     )
-    if work.fresh or work.cached or work.failed:
-        _configure_ray_data()
-        _stream(order(work, run, pools), work, say)
-    commit(run.storage, run.output, run.run_id, done.orphans)
-    report = make_report(
-        run.storage,
-        run.output,
-        run.run_id,
-        counts=counts,
-        actors=pools.actors(fresh=bool(work.fresh), cached=bool(work.cached or work.failed)),
-        wall_s=time.monotonic() - start,
-        warnings=warnings,
-        answered=answers,
-    )
-    write_report(run.storage, report)
-    return report
 
 
 def _warn_of_selector(config: CaptionConfig, selector: SelectorWeights) -> list[str]:
@@ -153,13 +161,14 @@ def _configure_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _stream(dataset: Dataset, work: WorkList, say: Callable[[str], None]) -> None:
+def _stream(dataset: Dataset, work: WorkList, lease: Lease, say: Say) -> None:
     """Consume the dataset: every block that arrives is on disk."""
     total = work.counts.fresh + work.counts.cached + work.counts.failed
     done = failed = 0
     start = news = time.monotonic()
     blocks: Iterable[pa.Table] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     for block in blocks:
+        lease.check()
         done += sum(block.column("num_videos").to_pylist())
         failed += sum(block.column("num_failed_videos").to_pylist())
         now = time.monotonic()

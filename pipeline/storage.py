@@ -45,7 +45,14 @@ _MAX_PAUSE_S = 20.0
 _MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _FORBIDDEN = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 _CHANGED = {"412", "416", "PreconditionFailed", "InvalidRange"}
-_BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "ServiceUnavailable"}
+_BUSY = {
+    "ConditionalRequestConflict",
+    "SlowDown",
+    "RequestTimeout",
+    "Throttling",
+    "ThrottlingException",
+    "ServiceUnavailable",
+}
 _BROKEN_BODY = (IncompleteReadError, ResponseStreamingError, HTTPClientError, ConnectionError)
 
 
@@ -191,6 +198,32 @@ class Storage:
             s3.upload_fileobj(io.BytesIO(view), bucket, key, Config=transfer)
 
         self._request(uri, put)
+
+    def create(self, uri: str, data: bytes) -> bool:
+        """Write an object unless there is one; return whether this call is known to have done it.
+
+        A store without conditional writes writes in any case, and one that refuses the condition is
+        asked without it. After a lost answer also an object that is ours may count as there.
+        """
+        if not uri.startswith(S3):
+            return _guard_local(uri, lambda: _create_local(_local(uri), data))
+        bucket, key = _split(uri)
+
+        def put(s3: Any) -> None:
+            try:
+                s3.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if error.response["Error"]["Code"] != "NotImplemented":
+                    raise
+                s3.put_object(Bucket=bucket, Key=key, Body=data)
+
+        try:
+            self._request(uri, put)
+        except StorageError as error:
+            if error.error_type != "changed":  # 412: there is one
+                raise
+            return False
+        return True
 
     def delete(self, uri: str) -> None:
         """Remove an object; one that is gone already is no error."""
@@ -423,6 +456,21 @@ def _list_local(prefix: str) -> Iterator[ObjectInfo]:
 
 
 def _write_local(path: Path, data: bytes | memoryview | pa.Buffer) -> None:
+    _publish(path, data, lambda unfinished: unfinished.replace(path))
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    try:
+        _publish(path, data, path.hardlink_to)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _publish(
+    path: Path, data: bytes | memoryview | pa.Buffer, name: Callable[[Path], object]
+) -> None:
+    """Write a file beside `path`, durably, and let `name` give it that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
     try:
@@ -430,7 +478,7 @@ def _write_local(path: Path, data: bytes | memoryview | pa.Buffer) -> None:
             file.write(memoryview(data))
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
+        name(unfinished)
     finally:
         unfinished.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
