@@ -38,8 +38,11 @@ def main() -> int:
         with hold(
             storage, config.output, "jobs/compact.py", expiry_s=config.lease.expiry_s, say=print
         ) as lease:
-            done = compact_answers(storage, config.output, **sizes)
+            done = compact_answers(
+                storage, config.output, drop_unreadable=config.drop_unreadable, **sizes
+            )
             print(describe("answers", done))
+            damaged += done.damaged
             for folder in find_folders(storage, config.cache_root):
                 lease.check()
                 done = compact_cache(storage, folder, **sizes)

@@ -38,19 +38,28 @@ _Files = list[tuple[str, pa.Table]]  # each file's uri and the columns that sett
 
 
 def compact_answers(
-    storage: Storage, output: str, *, target_bytes: int, grace_s: float, now: datetime
+    storage: Storage,
+    output: str,
+    *,
+    target_bytes: int,
+    grace_s: float,
+    now: datetime,
+    drop_unreadable: bool = False,
 ) -> Compaction:
     """Compact an output: delete what was replaced, then merge files below a quarter of the target.
 
     Kept are the rows that readers see, the newest row of each uri, which settles what is seen, and
     of each question without an answer its last failure of each kind, which settles what is tried
     again. Raises StartupError when a committed file cannot be read: nothing is dropped on a guess.
+    With `drop_unreadable` such files are replaced by nothing, and what they held is asked again.
     """
     output = keys.plain(output)
     done = _delete(storage, output, before=now - timedelta(seconds=grace_s))
     found, commits = list_output(output, storage)
     replaced = {uri for each in commits.values() for uri in each.replaced(output)}
     listed = {uri for each in commits.values() for uri in each.listed(output)} - replaced
+    unreadable = [uri for uri in sorted(listed) if drop_unreadable and _is_lost(storage, uri)]
+    listed -= set(unreadable)
     run_id = keys.new_run_id()
     merged: list[str] = []
     written = 0
@@ -64,10 +73,24 @@ def compact_answers(
             _copy(storage, batch, uri, rows.ANSWERS if answers else rows.VIDEOS)
             merged += [file for file, _ in batch]
             written += 1
-    if merged:
+    if merged or unreadable:
         inherited = [uri for uri in replaced if uri in found or _is_named(uri, commits, output)]
-        commit(storage, output, run_id, replaces=sorted({*merged, *inherited}))
-    return done + Compaction(merged=len(merged), written=written)
+        commit(storage, output, run_id, replaces=sorted({*merged, *unreadable, *inherited}))
+    dropped = tuple(f"{uri}: cannot be read; the next run asks again" for uri in unreadable)
+    return done + Compaction(merged=len(merged), written=written, damaged=dropped)
+
+
+def _is_lost(storage: Storage, uri: str) -> bool:
+    """Say whether a file is gone or not what was written; a store that is away raises."""
+    try:
+        read_columns(storage, uri, (rows.ANSWERS if is_answers(uri) else rows.VIDEOS).names)
+    except UNREADABLE:
+        return True
+    except StorageError as error:
+        if error.error_type != "not_found":
+            raise
+        return True
+    return False
 
 
 def _is_named(uri: str, commits: Mapping[str, Commit], output: str) -> bool:
@@ -146,7 +169,7 @@ def _read(storage: Storage, uri: str, columns: Sequence[str]) -> pa.Table:
     except UNREADABLE as error:
         raise StartupError(
             f"output: {uri} cannot be read ({error}), so nothing is dropped; jobs/verify.py names "
-            "all such files"
+            "all such files, drop_unreadable=true gives them up"
         ) from error
 
 

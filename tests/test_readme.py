@@ -16,7 +16,7 @@ OTHERS = {
     "infra/": "Dockerfile, KubeRay manifests, nightly job, crontab line; see infra/README.md.",
     "docs/": "architecture, operations by symptom, results, log of what was tried.",
     "tests/": "mirrors the sources; tests/golden holds the reference's vectors.",
-    "Makefile": "the verbs: demo, test, check, fix.",
+    "Makefile": "the verbs: demo, test, chaos, check, fix.",
     "pyproject.toml": "dependencies with their reasons, and the tools' settings.",
     "constraints.txt": "exact versions.",
     "CHANGELOG.md": "what a user meets, and when it changed.",

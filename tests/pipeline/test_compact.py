@@ -394,6 +394,26 @@ def test_nothing_is_dropped_while_a_file_cannot_be_read(tmp_path: Path) -> None:
         _compact_answers(STORAGE, output)
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_files_that_cannot_be_read_are_given_up_when_that_is_asked_for(
+    tmp_path: Path, gone: bool
+) -> None:
+    output = _output(tmp_path)
+    broken = output / "20260102T000000Z-0" / "answers-0.parquet"  # of a2
+    if gone:
+        broken.unlink()
+    else:
+        broken.write_bytes(broken.read_bytes()[:-9])
+    done = _compact_answers(STORAGE, output, drop_unreadable=True)
+    assert [message.partition(":")[0] for message in done.damaged] == [str(broken)]
+    assert [uri for uri, _, _ in _seen(output)] == ["s3://b/a", "s3://b/b", "s3://b/c"]
+    index = AnswerIndex(STORAGE, str(output), fingerprint="f")
+    assert not index.answered([(_key("a2"), "p", "p?")])[0]
+    _compact_answers(STORAGE, output)
+    assert not broken.exists()
+    assert list(verify_output(STORAGE, str(output))) == []
+
+
 def test_the_job_compacts_both_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
