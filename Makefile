@@ -22,7 +22,7 @@ demo: $(READY)  ## real videos from an S3 bucket to captions in Parquet, twice: 
 test: $(READY)  ## every test that needs neither a GPU nor minutes
 	@$(BIN)/python -m pytest -m "not gpu and not slow" --durations=15
 
-chaos: $(READY)  ## kill drivers and workers, break the store's answers; about 20 minutes, ends with a table
+chaos: $(READY)  ## kill drivers and workers, break the store's answers; half an hour on 2 cores, ends with a table
 	@$(BIN)/python -m pytest tests/chaos -m slow
 
 check: $(READY)  ## lint, format, types and the direction of imports; changes nothing
