@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
-from omnisift.compress import DropShares, compress_batch
+from omnisift.compress import DropShares, compress_planned, plan_compression
 from omnisift.layout import Block, Modality, num_audio_tokens, place_block
 from omnisift.media import FACTOR, TEMPORAL_PATCH, num_mel_frames
 
@@ -101,21 +101,19 @@ class VideoCompressor:
         video = self.backbone.encode_video([clip.frames for clip in clips])
         audio = self.backbone.encode_audio([clip.audio for clip in clips])
         layout = self.backbone.layout
-        compressed = compress_batch(
-            [
-                (
-                    self.backbone.place(block, seen, heard),
-                    torch.from_numpy(block.ids),
-                    torch.from_numpy(block.positions),
-                )
-                for block, seen, heard in zip(blocks, video, audio, strict=True)
-            ],
-            selector=self.selector,
-            video_drop=self.shares.video,
-            audio_drop=self.shares.audio,
+        # On a GPU the towers are still running: the plan is made beside them.
+        plan = plan_compression(
+            [(torch.from_numpy(block.ids), torch.from_numpy(block.positions)) for block in blocks],
+            self.shares,
             video_token_id=layout.video_token_id,
             audio_token_id=layout.audio_token_id,
+            device=self.backbone.device,
         )
+        placed = [
+            self.backbone.place(block, seen, heard)
+            for block, seen, heard in zip(blocks, video, audio, strict=True)
+        ]
+        compressed = compress_planned(placed, plan, self.selector)
         kept = []
         for block, result in zip(blocks, compressed, strict=True):
             index = result.kept_index.cpu().numpy()
