@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omnisift.float32_product import linear_float32
+
 
 class AudioSelector(nn.Module):
     """Score the audio tokens of a chunk by cross-attention to its surviving video tokens.
@@ -31,10 +33,11 @@ class AudioSelector(nn.Module):
 
     def forward(self, video_CVD: Tensor, video_valid_CV: Tensor, audio_CAD: Tensor) -> Tensor:
         """Return the scores in (0, 1), [C, A]; every chunk needs at least one valid video token."""
-        video = self.v_norm(_project(self.v_proj, video_CVD))
-        audio = self.a_norm(_project(self.a_proj, audio_CAD))
+        video = self.v_norm(linear_float32(video_CVD, self.v_proj.weight, self.v_proj.bias))
+        audio = self.a_norm(linear_float32(audio_CAD, self.a_proj.weight, self.a_proj.bias))
         attended = self.post_attn_norm(self._attend(audio, video, video_valid_CV) + audio)
-        scores: Tensor = self.score_head(attended)
+        first, activation, last = self.score_head
+        scores: Tensor = last(activation(linear_float32(attended, first.weight, first.bias)))
         return torch.sigmoid(scores.squeeze(-1))
 
     def _attend(self, audio_CAh: Tensor, video_CVh: Tensor, video_valid_CV: Tensor) -> Tensor:
@@ -47,8 +50,9 @@ class AudioSelector(nn.Module):
         query_bias, key_value_bias = attention.in_proj_bias.split(
             [audio_CAh.shape[-1], 2 * audio_CAh.shape[-1]]
         )
-        query = F.linear(audio_CAh, query_weight, query_bias)
-        key, value = F.linear(video_CVh, key_value_weight, key_value_bias).chunk(2, dim=-1)
+        query = linear_float32(audio_CAh, query_weight, query_bias)
+        projected = linear_float32(video_CVh, key_value_weight, key_value_bias)
+        key, value = projected.chunk(2, dim=-1)
 
         def heads(x: Tensor) -> Tensor:
             return x.reshape(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
@@ -56,29 +60,6 @@ class AudioSelector(nn.Module):
         attended = F.scaled_dot_product_attention(
             heads(query), heads(key), heads(value), attn_mask=video_valid_CV[:, None, None, :]
         )
-        projected: Tensor = attention.out_proj(attended.transpose(1, 2).flatten(2))
-        return projected
+        out = attention.out_proj
+        return linear_float32(attended.transpose(1, 2).flatten(2), out.weight, out.bias)
 
-
-def _project(linear: nn.Linear, tokens_CND: Tensor) -> Tensor:
-    """Return the layer's output in its own type, for tokens of any type.
-
-    Of 16-bit tokens on a GPU the tensor cores make the float32 result: the weight is split into
-    the sum of two 16-bit ones (exact for a published, bfloat16, weight; else within 2^-17), the
-    products are exact and summed in float32. Ten times as fast as float32 operands.
-    """
-    weight = linear.weight
-    split = (
-        tokens_CND.is_cuda
-        and tokens_CND.dtype == torch.bfloat16
-        and weight.dtype == torch.float32
-        and not torch.is_grad_enabled()
-    )
-    if not split:
-        projected: Tensor = linear(tokens_CND.to(weight.dtype))
-        return projected
-    high = weight.to(tokens_CND.dtype)
-    low = (weight - high.float()).to(tokens_CND.dtype)
-    parts = torch.mm(tokens_CND.flatten(0, 1), torch.cat((high, low)).T, out_dtype=torch.float32)
-    summed = parts[:, : weight.shape[0]] + parts[:, weight.shape[0] :] + linear.bias
-    return summed.unflatten(0, tokens_CND.shape[:2])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnisift.segments import Segments, attend, has_varlen, make_segments, pack_linears
-from omnisift.upload import upload
+from omnisift.transfer import upload
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from omnisift.layout import find_chunks
-from omnisift.upload import upload
+from omnisift.transfer import upload
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from omnisift.backbone import Backbone
 from omnisift.compress import DropShares, compress_planned, plan_compression
 from omnisift.layout import Block, Modality, num_audio_tokens, place_block
 from omnisift.media import FACTOR, TEMPORAL_PATCH, num_mel_frames
+from omnisift.transfer import download
 
 
 class TooLongError(ValueError):
@@ -114,12 +115,15 @@ class VideoCompressor:
             for block, seen, heard in zip(blocks, video, audio, strict=True)
         ]
         compressed = compress_planned(placed, plan, self.selector)
+        on_host = download(
+            [tensor for result in compressed for tensor in (result.embeds, result.kept_index)]
+        )
         kept = []
-        for block, result in zip(blocks, compressed, strict=True):
-            index = result.kept_index.cpu().numpy()
+        for block, embeds, index_n in zip(blocks, on_host[::2], on_host[1::2], strict=True):
+            index = index_n.numpy()
             kept.append(
                 KeptTokens(
-                    embeds=result.embeds.cpu(),
+                    embeds=embeds,
                     positions=block.positions[:, index].astype(np.int32),
                     modality=block.modality[index],
                     next_position=block.next_position,

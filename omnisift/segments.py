@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from omnisift.upload import upload
+from omnisift.transfer import upload
 
 
 class Segments(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from omnisift.media import FACTOR, MERGE, PATCH, TEMPORAL_PATCH, patchify
 from omnisift.segments import Segments, attend, has_varlen, make_segments, pack_linears
-from omnisift.upload import upload
+from omnisift.transfer import upload
 
 log = logging.getLogger(__name__)
 
