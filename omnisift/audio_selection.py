@@ -3,6 +3,8 @@
 Shapes: C chunks, V video tokens, A audio tokens (both padded), D width, h hidden.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,11 +35,12 @@ class AudioSelector(nn.Module):
 
     def forward(self, video_CVD: Tensor, video_valid_CV: Tensor, audio_CAD: Tensor) -> Tensor:
         """Return the scores in (0, 1), [C, A]; every chunk needs at least one valid video token."""
-        video = self.v_norm(linear_float32(video_CVD, self.v_proj.weight, self.v_proj.bias))
-        audio = self.a_norm(linear_float32(audio_CAD, self.a_proj.weight, self.a_proj.bias))
+        video = self.v_norm(_linear(self.v_proj, video_CVD))
+        audio = self.a_norm(_linear(self.a_proj, audio_CAD))
         attended = self.post_attn_norm(self._attend(audio, video, video_valid_CV) + audio)
-        first, activation, last = self.score_head
-        scores: Tensor = last(activation(linear_float32(attended, first.weight, first.bias)))
+        first, last = self.score_head[0], self.score_head[2]
+        hidden = F.silu(_linear(first, attended))
+        scores: Tensor = last(hidden)
         return torch.sigmoid(scores.squeeze(-1))
 
     def _attend(self, audio_CAh: Tensor, video_CVh: Tensor, video_valid_CV: Tensor) -> Tensor:
@@ -60,6 +63,8 @@ class AudioSelector(nn.Module):
         attended = F.scaled_dot_product_attention(
             heads(query), heads(key), heads(value), attn_mask=video_valid_CV[:, None, None, :]
         )
-        out = attention.out_proj
-        return linear_float32(attended.transpose(1, 2).flatten(2), out.weight, out.bias)
+        return _linear(attention.out_proj, attended.transpose(1, 2).flatten(2))
 
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    return linear_float32(x, layer.weight, layer.bias)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
-from omnisift.compress import DropShares, compress_planned, plan_compression
+from omnisift.compress import compress_planned
+from omnisift.compression_plan import DropShares, plan_compression
 from omnisift.layout import Block, Modality, num_audio_tokens, place_block
 from omnisift.media import FACTOR, TEMPORAL_PATCH, num_mel_frames
 from omnisift.transfer import download

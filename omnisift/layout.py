@@ -191,7 +191,10 @@ def find_chunks(
     [the chunk's first time, the next chunk's first time); the last window has no end. The
     indices count through the sequences laid end to end.
     """
-    firsts, seconds, audios = [], [], []  # (chunk, token index)
+    # (chunk, token index)
+    firsts: list[tuple[Integers, Integers]] = []
+    seconds: list[tuple[Integers, Integers]] = []
+    audios: list[tuple[Integers, Integers]] = []
     num_chunks = offset = 0
     for ids, positions in sequences:
         video = np.flatnonzero(ids == video_token_id)

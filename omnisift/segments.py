@@ -51,9 +51,8 @@ def attend(query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, segments: Segm
     """Return softmax(q k / sqrt(d)) v, [T, H, d], each row over its segment."""
     ends, longest, by_length = segments
     if by_length is None:
-        attended: Tensor = varlen_attn(
-            query_THd, key_THd, value_THd, ends, ends, longest, longest
-        )
+        attended = varlen_attn(query_THd, key_THd, value_THd, ends, ends, longest, longest)
+        assert isinstance(attended, Tensor)  # a pair only where it is asked for more
         return attended
     if len(by_length) == 1:
         shape = (*by_length[0].shape, *query_THd.shape[1:])
@@ -65,8 +64,8 @@ def attend(query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, segments: Segm
 
 
 def _batched(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def pack_linears(linears: Sequence[nn.Linear], *, rows: int) -> tuple[Tensor, Tensor]:

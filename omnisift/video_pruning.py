@@ -25,7 +25,8 @@ def temporal_similarity(second_CND: Tensor, first_CND: Tensor) -> Tensor:
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
     # F.cosine_similarity divides before it sums, which takes a second pass over the tokens.
     norms = [torch.linalg.vector_norm(x, dim=-1).clamp(min=_SMALLEST_NORM) for x in (one, other)]
-    return (one * other).sum(-1) / (norms[0] * norms[1])
+    cosine: Tensor = (one * other).sum(-1) / (norms[0] * norms[1])
+    return cosine
 
 
 def drop_highest(score_CN: Tensor, valid_CN: Tensor, num_dropped_C: Tensor) -> Tensor:

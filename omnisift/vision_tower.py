@@ -123,7 +123,9 @@ class VisionTower:
     def __call__(self, clips: Sequence[Tensor]) -> list[Tensor]:
         """Return the tokens [N, D] of each clip uint8 [T, H, W, 3], on the tower's device."""
         counts = [
-            -(-clip.shape[0] // TEMPORAL_PATCH) * (clip.shape[1] // FACTOR) * (clip.shape[2] // FACTOR)
+            -(-clip.shape[0] // TEMPORAL_PATCH)
+            * (clip.shape[1] // FACTOR)
+            * (clip.shape[2] // FACTOR)
             for clip in clips
         ]
         out_features = self._merger.mlp[-1].out_features

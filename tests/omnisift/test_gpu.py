@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.compress import compress
+from omnisift.float32_product import linear_float32
 from omnisift.layout import ModelLayout, place_block
 from omnisift.media import FACTOR, SAMPLE_RATE
 from omnisift.mini.tiny import tiny_config
@@ -26,16 +27,17 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "index.json").read_text())
 
 
-def _model(dtype: torch.dtype) -> nn.Module:
+def _model(dtype: torch.dtype) -> Any:
     """Return a small model with the published head sizes (80 and 64) and an unaligned MLP."""
-    config = tiny_config()
+    config: Any = tiny_config()
     config.vision_config.depth = 4
     config.vision_config.fullatt_block_indexes = [1, 3]
     config.vision_config.hidden_size = 320
     config.vision_config.intermediate_size = 500
     config.audio_config.d_model = 256
     torch.manual_seed(0)
-    model = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
+    model: Any = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    model.eval()
     for name, parameter in model.named_parameters():
         norm = parameter.ndim == 1 and name.endswith("weight")
         parameter.data.normal_(1.0 if norm else 0.0, 0.1 if norm else 0.05)
@@ -81,7 +83,6 @@ def test_packed_towers_are_as_near_to_float32_as_the_stock_ones(
         outputs[name] = getattr(backbone, f"encode_{kind}")(media)
     rounding = _error(outputs["stock"], outputs["exact"])
     packed = _error(outputs["packed"], outputs["exact"])
-    print(f"{kind}: stock {rounding:.2e}, packed {packed:.2e} from float32")
     assert packed < 1.1 * rounding < 0.05
     assert _error(outputs["float32"], outputs["exact"]) < 1e-4
 
@@ -144,7 +145,6 @@ def test_a_gpu_keeps_what_a_cpu_keeps(published: bool) -> None:
             )
         masks.append(result.keep_mask.cpu())
     different = int((masks[0] != masks[1]).sum())
-    print(f"{different} of {len(block.ids)} decisions differ")
     # A near tie of other weights, split within 2^-17, may fall the other way.
     assert different <= (0 if published else len(block.ids) // 1000)
 
@@ -174,3 +174,16 @@ def test_compression_never_waits_for_the_gpu() -> None:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_of_terms_are_float32_products(dtype: torch.dtype, compiled: bool) -> None:
+    x = torch.randn(300, 512, device="cuda").to(dtype)
+    weight, bias = torch.randn(256, 512, device="cuda"), torch.randn(256, device="cuda")
+    product = torch.compile(linear_float32) if compiled else linear_float32
+    with torch.inference_mode():
+        actual = product(x, weight, bias).double()
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    error = float((actual - expected).norm() / expected.norm())
+    assert error < (2**-17 if dtype == torch.bfloat16 else 1e-6)

@@ -1,8 +1,10 @@
 """The packed towers against transformers' own forward."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnisift.backbone import Backbone
@@ -11,14 +13,15 @@ from omnisift.mini.tiny import tiny_config
 from omnisift.vision_tower import VisionTower
 
 
-def _model() -> nn.Module:
+def _model() -> Any:
     """Return a tiny model of which no parameter is zero or one: none can be left out unseen."""
-    config = tiny_config()
+    config: Any = tiny_config()
     config.vision_config.depth = 3
     config.vision_config.intermediate_size = 90  # padded to 128
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
+        model: Any = Qwen2_5OmniThinkerForConditionalGeneration(config)
+        model.eval()
         for parameter in model.parameters():
             parameter.data.normal_(0.0, 0.2)
     return model
