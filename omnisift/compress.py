@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.compression_plan import AudioPlan, CompressionPlan, VideoPlan, plan_compression
-from omnisift.compression_plan import DropShares as DropShares
+from omnisift.compression_plan import DropShares as DropShares  # noqa: PLC0414 (exported)
 from omnisift.video_pruning import drop_highest, spatial_similarity, temporal_similarity
 
 # Retained share -> drop shares. The middle rows are the published settings (method.md); between
