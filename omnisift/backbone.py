@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from omnisift.audio_tower import AudioTower
 from omnisift.layout import Block, Modality, ModelLayout, num_audio_tokens
@@ -105,6 +106,26 @@ class Backbone:
             places = torch.nonzero_static(modality == kind, size=tokens.shape[0]).squeeze(1)
             embeds[places] = tokens.to(embeds.dtype)
         return embeds
+
+    @torch.inference_mode()
+    def forward_text(
+        self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        """Run the LLM's layers and return the hidden states [B, L, D]; `cache` grows by L.
+
+        `embeds` [B, L, D] and `positions` [3, B, L] of the new tokens, `mask` [B, cached + L].
+        The vocabulary is left out: over a whole prompt its logits would be gigabytes.
+        """
+        # transformers 5.17 has the LLM at .model, 5.23 at .model.language_model
+        text_model = getattr(self.model.model, "language_model", self.model.model)
+        hidden: Tensor = text_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden
 
 
 def _inner(model: Any) -> Any:

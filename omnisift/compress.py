@@ -13,9 +13,34 @@ import torch
 from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.compression_plan import AudioPlan, CompressionPlan, VideoPlan, plan_compression
-from omnisift.compression_plan import DropShares as DropShares  # noqa: PLC0414 (exported)
+from omnisift.compression_plan import (
+    COMPLETE,
+    AudioPlan,
+    CompressionPlan,
+    Deciders,
+    DropShares,
+    VideoPlan,
+    plan_compression,
+)
 from omnisift.video_pruning import drop_highest, spatial_similarity, temporal_similarity
+
+__all__ = [
+    "COMPLETE",
+    "Compressed",
+    "Deciders",
+    "DropShares",
+    "Sequence3d",
+    "check_inputs",
+    "compress",
+    "compress_batch",
+    "compress_planned",
+    "drop_shares",
+    "gather_kept",
+    "lay_end_to_end",
+]
+
+# embeddings [L, D] of a prompt, its ids [L], its positions [3, L]
+Sequence3d = tuple[Tensor, Tensor, Tensor]
 
 # Retained share -> drop shares. The middle rows are the published settings (method.md); between
 # the rows both shares run linearly.
@@ -57,21 +82,28 @@ def _valid(counts: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=counts.device) < counts[:, None]
 
 
-def prune_video(tokens_LD: Tensor, plan: VideoPlan) -> tuple[Tensor, Tensor, Tensor]:
+def prune_video(
+    tokens_LD: Tensor, plan: VideoPlan, deciders: Deciders, chance_L: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """STVP. Return, for the chunks' video tokens [C, N1 + N2]: index, kept, dropped."""
     first_valid = _valid(plan.num_first, plan.first.shape[1])
     second_valid = _valid(plan.num_second, plan.second.shape[1])
     first_tokens = tokens_LD[plan.first]
-    keep_first = drop_highest(
-        spatial_similarity(first_tokens, first_valid), first_valid, plan.drop_first
-    )
+    if deciders.spatial:
+        score = spatial_similarity(first_tokens, first_valid)
+    else:
+        assert chance_L is not None
+        score = chance_L[plan.first]
+    keep_first = drop_highest(score, first_valid, plan.drop_first)
     # Columns beyond the shorter kind of grid belong to chunks whose grids differ: kept whole.
     compared = min(plan.first.shape[1], plan.second.shape[1])
-    keep_second = drop_highest(
-        temporal_similarity(tokens_LD[plan.second[:, :compared]], first_tokens[:, :compared]),
-        second_valid[:, :compared],
-        plan.drop_second,
-    )
+    second = plan.second[:, :compared]
+    if deciders.temporal:
+        score = temporal_similarity(tokens_LD[second], first_tokens[:, :compared])
+    else:
+        assert chance_L is not None
+        score = chance_L[second]
+    keep_second = drop_highest(score, second_valid[:, :compared], plan.drop_second)
     kept = torch.cat((keep_first, keep_second, second_valid[:, compared:]), dim=1)
     valid = torch.cat((first_valid, second_valid), dim=1)
     return torch.cat((plan.first, plan.second), dim=1), kept, valid & ~kept
@@ -82,32 +114,45 @@ def select_audio(
     plan: AudioPlan,
     video_index: Tensor,
     video_kept: Tensor,
-    selector: AudioSelector,
+    selector: AudioSelector | None,
+    deciders: Deciders,
+    chance_L: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """VGAS. Return, for the planned chunks' audio [R, A]: score, dropped."""
-    # Surviving video tokens moved to the front of each row, in their order: the context.
-    order = (~video_kept[plan.chunk]).sort(dim=1, stable=True).indices
-    context = video_index[plan.chunk].gather(1, order[:, : plan.longest_context])
-    score = selector(
-        tokens_LD[context], _valid(plan.num_context, context.shape[1]), tokens_LD[plan.audio]
-    ).float()
     valid = _valid(plan.num_audio, plan.audio.shape[1])
+    if deciders.audio == "chance":
+        assert chance_L is not None
+        score = chance_L[plan.audio].float()
+    else:
+        assert selector is not None
+        context, context_valid = plan.audio, valid
+        if deciders.audio == "video":
+            # Surviving video tokens moved to the front of each row, in their order.
+            order = (~video_kept[plan.chunk]).sort(dim=1, stable=True).indices
+            context = video_index[plan.chunk].gather(1, order[:, : plan.longest_context])
+            context_valid = _valid(plan.num_context, context.shape[1])
+        score = selector(tokens_LD[context], context_valid, tokens_LD[plan.audio]).float()
     # Keeping the highest is dropping all but them; a tie keeps the lower index.
     kept = ~drop_highest(score, valid, plan.keep_audio) & valid
     return score * valid, valid & ~kept
 
 
 def _decide(
-    tokens_LD: Tensor, video: VideoPlan, audio: AudioPlan | None, selector: AudioSelector | None
+    tokens_LD: Tensor,
+    video: VideoPlan,
+    audio: AudioPlan | None,
+    selector: AudioSelector | None,
+    deciders: Deciders = COMPLETE,
+    chance_L: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return which tokens stay [L], and the audio's scores [R, A] where it is selected."""
-    index, kept, dropped = prune_video(tokens_LD, video)
+    index, kept, dropped = prune_video(tokens_LD, video, deciders, chance_L)
     # Summed, so that the padding of a row (index 0, nothing dropped) cannot overwrite a token.
     drops = torch.zeros(tokens_LD.shape[0], dtype=torch.int32, device=tokens_LD.device)
     drops = drops.scatter_add(0, index.flatten(), dropped.flatten().int())
     score = None
-    if audio is not None and selector is not None:
-        score, dropped = select_audio(tokens_LD, audio, index, kept, selector)
+    if audio is not None:
+        score, dropped = select_audio(tokens_LD, audio, index, kept, selector, deciders, chance_L)
         drops = drops.scatter_add(0, audio.audio.flatten(), dropped.flatten().int())
     return drops == 0, score
 
@@ -129,49 +174,50 @@ def compress_planned(
     Raises ValueError for a missing selector where audio would have to be selected.
     """
     audio = plan.audio
-    if audio and selector is None and plan.shares.audio > 0:
+    chooses = selector is not None or plan.deciders.audio == "chance"
+    if audio and not chooses and plan.shares.audio > 0:
         raise ValueError(
             f"audio_drop={plan.shares.audio} needs a selector; pass one or drop no audio"
         )
     # Where nothing is dropped only training needs the scores.
-    if plan.shares.audio == 0 and not torch.is_grad_enabled():
+    if not chooses or (plan.shares.audio == 0 and not torch.is_grad_enabled()):
         audio = None
-    tokens_LD = embeds[0] if len(embeds) == 1 else torch.cat(list(embeds))
-    compiled = tokens_LD.is_cuda and not torch.is_grad_enabled()
-    decide = _compiled_decide() if compiled else _decide
-    keep_L, score = decide(tokens_LD, plan.video, audio, selector)
+    tokens_LD = lay_end_to_end(embeds)
+    if tokens_LD.is_cuda and not torch.is_grad_enabled() and plan.deciders == COMPLETE:
+        keep_L, score = _compiled_decide()(tokens_LD, plan.video, audio, selector)
+    else:
+        keep_L, score = _decide(tokens_LD, plan.video, audio, selector, plan.deciders, plan.chance)
     if audio and score is not None and score.requires_grad:
         through = torch.zeros(tokens_LD.shape[0], device=tokens_LD.device)
         through = through.scatter_add(0, audio.audio.flatten(), (score - score.detach()).flatten())
         tokens_LD = tokens_LD * (1 + through)[:, None].to(tokens_LD.dtype)
+    return gather_kept(plan.positions, tokens_LD, keep_L, plan.kept)
+
+
+def lay_end_to_end(embeds: Sequence[Tensor]) -> Tensor:
+    """Return the embeddings [L, D] of all sequences as one; a single one is not copied."""
+    return embeds[0] if len(embeds) == 1 else torch.cat(list(embeds))
+
+
+def gather_kept(
+    positions: Sequence[Tensor], tokens_LD: Tensor, keep_L: Tensor, num_kept: Sequence[int]
+) -> list[Compressed]:
+    """Take the kept tokens out of sequences laid end to end; `num_kept` says how many of each."""
     results, start = [], 0
-    for length, size, positions in zip(plan.lengths, plan.kept, plan.positions, strict=True):
-        mask = keep_L[start : start + length]
+    for positions_3L, size in zip(positions, num_kept, strict=True):
+        mask = keep_L[start : start + positions_3L.shape[1]]
         # The number of survivors is known: asking the device for it would wait for it.
         kept_index = torch.nonzero_static(mask, size=size).squeeze(1)
-        results.append(Compressed(tokens_LD[start + kept_index], mask, kept_index, positions))
-        start += length
+        results.append(Compressed(tokens_LD[start + kept_index], mask, kept_index, positions_3L))
+        start += positions_3L.shape[1]
     return results
 
 
-def compress_batch(
-    sequences: Sequence[tuple[Tensor, Tensor, Tensor]],
-    *,
-    selector: AudioSelector | None,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
-) -> list[Compressed]:
-    """Shorten several sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) at once.
-
-    The sequences may differ in length and in what they keep; none sees another's tokens. Ids and
-    positions on the CPU cost no synchronisation with the embeddings' device. See
-    `compress_planned`.
-
-    Raises ValueError for shares outside [0, 1], shapes that do not belong together, and for a
-    missing selector where audio would have to be selected.
-    """
+def check_inputs(sequences: Sequence[Sequence3d], shares: DropShares) -> None:
+    """Raise ValueError for shares outside [0, 1] and for shapes that do not belong together."""
+    for name, share in (("video_drop", shares.video), ("audio_drop", shares.audio)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {share}")
     for embeds, ids, positions in sequences:
         length = embeds.shape[0]
         if embeds.ndim != 2 or ids.shape != (length,) or positions.shape != (3, length):
@@ -179,12 +225,38 @@ def compress_batch(
                 "expected inputs_embeds [L, D], input_ids [L], position_ids [3, L], got "
                 f"{list(embeds.shape)}, {list(ids.shape)}, {list(positions.shape)}"
             )
+
+
+def compress_batch(
+    sequences: Sequence[Sequence3d],
+    *,
+    selector: AudioSelector | None,
+    video_drop: float,
+    audio_drop: float,
+    video_token_id: int,
+    audio_token_id: int,
+    deciders: Deciders = COMPLETE,
+    video_keys: Sequence[str] = (),
+) -> list[Compressed]:
+    """Shorten several sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) at once.
+
+    The sequences may differ in length and in what they keep; none sees another's tokens. Ids and
+    positions on the CPU cost no synchronisation with the embeddings' device.
+    `video_keys`, one a sequence, seed what `deciders` leaves to chance. See `compress_planned`.
+
+    Raises ValueError for shares outside [0, 1], shapes that do not belong together, and for a
+    missing selector where audio would have to be selected.
+    """
+    shares = DropShares(video_drop, audio_drop)
+    check_inputs(sequences, shares)
     plan = plan_compression(
         [(ids, positions) for _, ids, positions in sequences],
-        DropShares(video_drop, audio_drop),
+        shares,
         video_token_id=video_token_id,
         audio_token_id=audio_token_id,
         device=sequences[0][0].device,
+        deciders=deciders,
+        video_keys=video_keys,
     )
     return compress_planned([embeds for embeds, _, _ in sequences], plan, selector)
 

@@ -9,12 +9,13 @@ is selected.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from omnisift.chance import draw
 from omnisift.layout import find_chunks
 from omnisift.transfer import upload
 
@@ -26,11 +27,26 @@ class DropShares:
     video: float
     audio: float
 
-    def __post_init__(self) -> None:
-        """Refuse shares outside [0, 1]."""
-        for name, share in (("video_drop", self.video), ("audio_drop", self.audio)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {share}")
+
+@dataclass(frozen=True)
+class Deciders:
+    """What decides which tokens go. The default is the method, all else are its ablations.
+
+    An ablation drops exactly as many tokens of each chunk as the method; those it has no score
+    for go by chance. It needs a selector that was trained with it.
+    """
+
+    spatial: bool = True  # False: first grids by chance
+    temporal: bool = True  # False: second grids by chance
+    audio: Literal["video", "audio", "chance"] = "video"  # the context of the selector, or none
+
+    @property
+    def by_chance(self) -> bool:
+        """Return whether anything is left to chance."""
+        return not (self.spatial and self.temporal) or self.audio == "chance"
+
+
+COMPLETE = Deciders()
 
 
 class VideoPlan(NamedTuple):
@@ -48,7 +64,7 @@ class AudioPlan(NamedTuple):
     """The chunks whose audio is selected, on the device."""
 
     chunk: Tensor  # [R] their numbers
-    num_context: Tensor  # [R] surviving video tokens
+    num_context: Tensor  # [R] surviving video tokens; they are the context
     longest_context: int
     audio: Tensor  # [R, A]
     num_audio: Tensor  # [R]
@@ -60,6 +76,8 @@ class CompressionPlan:
     """The compression of several sequences, but for their scores."""
 
     shares: DropShares
+    deciders: Deciders
+    chance: Tensor | None  # [L] drawn for each token, where a decider is chance
     positions: tuple[Tensor, ...]  # [3, L] of each sequence, as given
     kept: tuple[int, ...]  # tokens that survive of each sequence
     video: VideoPlan
@@ -78,15 +96,21 @@ def plan_compression(
     video_token_id: int,
     audio_token_id: int,
     device: torch.device,
+    deciders: Deciders = COMPLETE,
+    video_keys: Sequence[str] = (),
 ) -> CompressionPlan:
-    """Plan for sequences given as (ids [L], positions [3, L]), best on the CPU (method.md, 1-3)."""
+    """Plan for sequences given as (ids [L], positions [3, L]), best on the CPU (method.md, 1-3).
+
+    `video_keys`, one a sequence, seed what `deciders` leaves to chance.
+    """
     arrays = [(ids.cpu().numpy(), positions.cpu().numpy()) for ids, positions in layouts]
     chunks = find_chunks(arrays, video_token_id=video_token_id, audio_token_id=audio_token_id)
     drop_first = (chunks.num_first * shares.video).astype(np.int64)
     # Only equal grids can be compared token by token; an unequal second grid stays whole.
     drop_second = np.where(chunks.num_second == chunks.num_first, drop_first, 0)
     context = chunks.num_first + chunks.num_second - drop_first - drop_second
-    selects = (context > 0) & (chunks.num_audio > 1)
+    has_context = (context > 0) | (deciders.audio == "audio")
+    selects = has_context & (chunks.num_audio > 1)
     drop_audio = np.where(selects, (chunks.num_audio * shares.audio).astype(np.int64), 0)
     rows = np.flatnonzero(selects)
     on_device = upload(
@@ -102,15 +126,21 @@ def plan_compression(
     if rows.size:
         chosen, num_context, *rest = on_device[6:]
         audio = AudioPlan(chosen, num_context, int(context[rows].max()), *rest)
-    lengths = np.array([len(ids) for ids, _ in arrays])
-    # A chunk belongs to the sequence that its first token is in.
-    owner = np.searchsorted(np.cumsum(lengths), chunks.first[:, :1].ravel(), side="right")
-    dropped = np.zeros(len(lengths), dtype=np.int64)
-    np.add.at(dropped, owner, drop_first + drop_second + drop_audio)
+    lengths = [len(ids) for ids, _ in arrays]
+    dropped = np.bincount(
+        chunks.sequences(lengths),
+        weights=drop_first + drop_second + drop_audio,
+        minlength=len(lengths),
+    )
+    chance = None
+    if deciders.by_chance:
+        chance = torch.from_numpy(draw(chunks, lengths, video_keys)).to(device)
     return CompressionPlan(
         shares=shares,
+        deciders=deciders,
+        chance=chance,
         positions=tuple(positions for _, positions in layouts),
-        kept=tuple((lengths - dropped).tolist()),
+        kept=tuple(length - int(num) for length, num in zip(lengths, dropped, strict=True)),
         video=VideoPlan(*on_device[:6]),
         audio=audio,
     )

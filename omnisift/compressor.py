@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from omnisift.audio_importance import encode_audio_with_importance
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
-from omnisift.compress import compress_planned
-from omnisift.compression_plan import DropShares, plan_compression
+from omnisift.compress import DropShares
 from omnisift.layout import Block, Modality, num_audio_tokens, place_block
 from omnisift.media import FACTOR, TEMPORAL_PATCH, num_mel_frames
+from omnisift.methods import compress_with, find_method
 from omnisift.transfer import download
 
 
@@ -65,16 +66,20 @@ class VideoCompressor:
         selector: AudioSelector,
         shares: DropShares,
         *,
+        method: str = "omnisift",
         nominal_timestamps: bool = False,
     ) -> None:
         """Take the towers of `backbone`; its LLM layers are not needed.
 
+        `method` is one of `methods.METHODS`; those without a selector leave it aside.
         `nominal_timestamps` stamps every grid one second apart, as the reference does, also
         where a long video was sampled more sparsely.
         """
         self.backbone = backbone
         self.selector = selector.to(backbone.device).eval()
         self.shares = shares
+        self.method = method
+        self.needs = find_method(method)
         self.nominal_timestamps = nominal_timestamps
 
     def block_of(self, clip: Clip) -> Block:
@@ -97,25 +102,41 @@ class VideoCompressor:
         return block
 
     @torch.inference_mode()
-    def __call__(self, clips: Sequence[Clip]) -> list[KeptTokens]:
-        """Return the kept tokens of each clip, on the CPU."""
+    def __call__(
+        self, clips: Sequence[Clip], *, video_keys: Sequence[str] | None = None
+    ) -> list[KeptTokens]:
+        """Return the kept tokens of each clip, on the CPU.
+
+        `video_keys`, one a clip, seed the methods that leave something to chance.
+        """
         blocks = [self.block_of(clip) for clip in clips]
         video = self.backbone.encode_video([clip.frames for clip in clips])
-        audio = self.backbone.encode_audio([clip.audio for clip in clips])
+        waveforms = [clip.audio for clip in clips]
+        importance: list[Tensor] | None = None
+        if self.needs.audio_importance:
+            audio, importance = encode_audio_with_importance(self.backbone, waveforms)
+        else:
+            audio = self.backbone.encode_audio(waveforms)
         layout = self.backbone.layout
-        # On a GPU the towers are still running: the plan is made beside them.
-        plan = plan_compression(
-            [(torch.from_numpy(block.ids), torch.from_numpy(block.positions)) for block in blocks],
-            self.shares,
+        compressed = compress_with(
+            self.method,
+            [
+                (
+                    self.backbone.place(block, seen, heard),
+                    torch.from_numpy(block.ids),
+                    torch.from_numpy(block.positions),
+                )
+                for block, seen, heard in zip(blocks, video, audio, strict=True)
+            ],
+            video_drop=self.shares.video,
+            audio_drop=self.shares.audio,
             video_token_id=layout.video_token_id,
             audio_token_id=layout.audio_token_id,
-            device=self.backbone.device,
+            selector=self.selector,
+            video_keys=video_keys,
+            audio_importance=importance,
+            positions_per_chunk=layout.positions_per_chunk,
         )
-        placed = [
-            self.backbone.place(block, seen, heard)
-            for block, seen, heard in zip(blocks, video, audio, strict=True)
-        ]
-        compressed = compress_planned(placed, plan, self.selector)
         on_host = download(
             [tensor for result in compressed for tensor in (result.embeds, result.kept_index)]
         )

@@ -38,6 +38,11 @@ class ModelLayout:
     positions_per_second: int = 25
     seconds_per_chunk: float = 2.0  # of the interleaving
 
+    @property
+    def positions_per_chunk(self) -> int:
+        """Return how far apart the chunks of the interleaving begin."""
+        return int(self.positions_per_second * self.seconds_per_chunk)
+
     @classmethod
     def of(cls, thinker_config: Any) -> "ModelLayout":
         """Read ids and rates from a transformers Qwen2.5-Omni thinker configuration."""
@@ -114,7 +119,7 @@ def place_block(
     media = np.concatenate([video, audio], axis=1)
     modality = np.repeat([Modality.VIDEO, Modality.AUDIO], [video.shape[1], audio_tokens])
     if audio_tokens:
-        span = int(layout.positions_per_second * layout.seconds_per_chunk)
+        span = layout.positions_per_chunk
         chunk = np.concatenate(
             [_interleaving_chunk(video[0], span), _interleaving_chunk(audio[0], span)]
         )
@@ -152,8 +157,13 @@ class Chunks:
     audio: Integers  # [C, A]
     num_audio: Integers  # [C]
 
+    def sequences(self, lengths: Sequence[int]) -> Integers:
+        """Return which of the sequences, `lengths` tokens long, each chunk belongs to, [C]."""
+        place: Integers = np.searchsorted(np.cumsum(lengths), self.first[:, :1].ravel(), "right")
+        return place
 
-def _padded(groups: Integers, members: Integers, num_groups: int) -> tuple[Integers, Integers]:
+
+def pad_rows(groups: Integers, members: Integers, num_groups: int) -> tuple[Integers, Integers]:
     """Gather `members` (their group in `groups`) into rows padded with 0; return rows, counts."""
     counts = np.bincount(groups, minlength=num_groups).astype(np.int64)
     width = int(counts.max(initial=0))
@@ -212,6 +222,22 @@ def find_chunks(
 
     def gather(parts: list[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
         groups, members = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
-        return _padded(groups, members, num_chunks)
+        return pad_rows(groups, members, num_chunks)
 
     return Chunks(*gather(firsts), *gather(seconds), *gather(audios))
+
+
+@dataclass(frozen=True)
+class Grids:
+    """The grids of one sequence, in the order of their times."""
+
+    index: Integers  # [G, N] index in the sequence; rows are padded with 0
+    num: Integers  # [G] how much of a row is real
+    time: Integers  # [G]
+
+
+def find_grids(ids: Integers, positions: Integers, *, video_token_id: int) -> Grids:
+    """Find the grids of a sequence given as ids [L] and positions [3, L]."""
+    video = np.flatnonzero(ids == video_token_id)
+    times, grid = np.unique(positions[0, video], return_inverse=True)
+    return Grids(*pad_rows(grid, video, len(times)), times)

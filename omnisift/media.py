@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.audio_utils import mel_filter_bank
 
 PATCH = 14  # pixels; a token is 2x2 patches
 MERGE = 2
@@ -105,6 +104,8 @@ def patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 
 @cache
 def _mel_filters() -> Tensor:
+    from transformers.audio_utils import mel_filter_bank  # seconds, and decoding needs none of it
+
     filters = mel_filter_bank(
         num_frequency_bins=1 + _FFT // 2,
         num_mel_filters=_NUM_MEL_BINS,

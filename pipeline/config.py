@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from omnisift.codec import CODECS
 from omnisift.compress import DropShares, drop_shares
+from omnisift.methods import METHODS
 
 
 def _key(default: Any, text: str) -> Any:
@@ -39,7 +41,10 @@ class MediaConfig:
     max_pixels: int = _key(256 * 28 * 28, "a frame is shrunk to at most this many pixels")
     max_audio_s: float = _key(300.0, "seconds of sound used; the published processor takes 300")
     timestamps: str = _key(
-        "true", "true: seconds as they are; nominal: the reference's fixed 2 frames a second"
+        "seconds", "seconds: as they are; nominal: the reference's fixed 2 frames a second"
+    )
+    reader: str = _key(
+        "pyav", "pyav, or decord: slower, and wrong pictures from MPEG-TS and sparse long files"
     )
 
     def __post_init__(self) -> None:
@@ -60,10 +65,13 @@ class MediaConfig:
         )
         _require(0 < self.max_audio_s <= 300, "media.max_audio_s", "in (0, 300]", self.max_audio_s)
         _require(
-            self.timestamps in ("true", "nominal"),
+            self.timestamps in ("seconds", "nominal"),
             "media.timestamps",
-            "'true' or 'nominal'",
+            "'seconds' or 'nominal'",
             self.timestamps,
+        )
+        _require(
+            self.reader in ("pyav", "decord"), "media.reader", "'pyav' or 'decord'", self.reader
         )
 
 
@@ -86,8 +94,9 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """How much of the audio-video prompt is kept."""
+    """How the audio-video prompt is shortened, and to how much."""
 
+    method: str = _key("omnisift", f"what chooses the kept tokens: {', '.join(METHODS)}")
     retain: float = _key(0.25, "share of the audio and video tokens kept, in (0, 1]")
     video_drop: float | None = _key(None, "share of the video tokens removed; overrides retain")
     audio_drop: float | None = _key(None, "share of the audio tokens removed; overrides retain")
@@ -95,7 +104,13 @@ class CompressionConfig:
     require_selector: bool = _key(False, "refuse to run when the model has no trained selector")
 
     def __post_init__(self) -> None:
-        """Refuse shares outside their range."""
+        """Refuse a method there is not and shares outside their range."""
+        _require(
+            self.method in METHODS,
+            "compression.method",
+            f"one of {', '.join(METHODS)}",
+            self.method,
+        )
         _require(0 < self.retain <= 1, "compression.retain", "in (0, 1]", self.retain)
         for name in ("video_drop", "audio_drop"):
             value = getattr(self, name)
@@ -106,6 +121,8 @@ class CompressionConfig:
     @property
     def shares(self) -> DropShares:
         """Return the drop shares in force."""
+        if self.method == "none":
+            return DropShares(video=0.0, audio=0.0)
         nominal = drop_shares(self.retain)
         return DropShares(
             video=nominal.video if self.video_drop is None else self.video_drop,
@@ -118,15 +135,17 @@ class CacheConfig:
     """Where the kept tokens lie."""
 
     path: str = _key("", "prefix of the token cache; empty: <output>/cache")
-    codec: str = _key("auto", "auto: as the model computes (bfloat16 on GPU, float32 on CPU)")
+    codec: str = _key(
+        "auto", "float32, bfloat16, int8 (half of bfloat16) or auto: as the model computes"
+    )
     videos_per_file: int = _key(4, "videos written in one file, so lost work when a job is killed")
 
     def __post_init__(self) -> None:
         """Refuse codecs that do not exist."""
         _require(
-            self.codec in ("auto", "bfloat16", "float32"),
+            self.codec in ("auto", *CODECS),
             "cache.codec",
-            "auto, bfloat16 or float32",
+            f"auto, {', '.join(CODECS)}",
             self.codec,
         )
         _require(

@@ -82,7 +82,12 @@ def decode_file(
     frames: NDArray[np.uint8] | None = None
     with open_media(path) as container:  # again: a demuxer that met its end may not seek back
         stream = video_stream(container)
-        pictures = read_frames(container, stream, index, distinct.tolist())
+        if media.reader == "decord":
+            from pipeline.media_decord import read_frames_decord  # its FFmpeg only where wanted
+
+            pictures = read_frames_decord(path, distinct.tolist())
+        else:
+            pictures = read_frames(container, stream, index, distinct.tolist())
         for place, picture in enumerate(pictures):
             if frames is None:
                 height, width, _ = picture.shape

@@ -242,7 +242,7 @@ def _stage(stage: str, videos: pa.Table, actors: int) -> StageReport:
     own = videos.filter(pc.is_valid(videos.column(f"{stage}_s")))
     busy_s = _total(own, f"{stage}_s")
     video_s = _total(own, "duration_s")
-    side_by_side_s = busy_s / actors
+    side_by_side_s = busy_s / max(1, actors)  # a stage that did not run had none
     return StageReport(
         stage=stage,
         videos=own.num_rows,

@@ -57,7 +57,7 @@ DECODED = pa.schema(
 
 _TOKENS = [
     ("tokens", pa.large_binary()),  # little endian, see token_dtype
-    ("token_dtype", pa.string()),  # "bfloat16" (its uint16 bytes) or "float32"
+    ("token_dtype", pa.string()),  # float32, bfloat16, int8: omnisift.codec has the bytes
     ("token_shape", pa.list_(pa.int32())),  # [n, D]
     ("positions", pa.list_(pa.list_(pa.int32()))),  # [3, n], relative to the block's start
     ("modality", pa.list_(pa.uint8())),  # [n], omnisift.layout.Modality

@@ -11,6 +11,7 @@ import ray
 from ray.data import DataContext, Dataset
 
 from omnisift.checkpoint import CheckpointError, SelectorWeights, read_selector, resolve
+from omnisift.methods import METHODS
 from pipeline import answers, token_cache
 from pipeline.config import CaptionConfig
 from pipeline.errors import StartupError
@@ -66,7 +67,7 @@ def caption_corpus(config: CaptionConfig, say: Callable[[str], None] = print) ->
         run.output,
         run.run_id,
         counts=counts,
-        actors=pools.actors(fresh=bool(work.fresh), cached=bool(work.cached)),
+        actors=pools.actors(fresh=bool(work.fresh), cached=bool(work.cached or work.failed)),
         wall_s=time.monotonic() - start,
         warnings=warnings,
     )
@@ -75,7 +76,8 @@ def caption_corpus(config: CaptionConfig, say: Callable[[str], None] = print) ->
 
 
 def _warn_of_selector(config: CaptionConfig, selector: SelectorWeights) -> list[str]:
-    if selector.trained or config.compression.shares.audio == 0:
+    needed = METHODS[config.compression.method].selector and config.compression.shares.audio > 0
+    if selector.trained or not needed:
         return []
     text = (
         f"selector untrained: {config.model} carries no OmniSIFT selector, so the audio tokens "

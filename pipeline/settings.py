@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 
 from omnisift.checkpoint import SelectorWeights, identity
+from omnisift.codec import CODECS, Codec
 from pipeline import keys
 from pipeline.config import CaptionConfig
 from pipeline.stages.answer import AnswerSettings
@@ -39,10 +40,11 @@ class Settings:
     videos_per_answer_file: int
 
 
-def token_dtype(config: CaptionConfig, *, uses_gpu: bool) -> str:
-    """Return the type tokens are kept in: `auto` is the one the model computes in."""
-    if config.cache.codec != "auto":
-        return config.cache.codec
+def token_codec(config: CaptionConfig, *, uses_gpu: bool) -> Codec:
+    """Return how tokens are kept: `auto` is the type the model computes in."""
+    for codec in CODECS:
+        if codec == config.cache.codec:
+            return codec
     return "bfloat16" if uses_gpu else "float32"
 
 
@@ -56,7 +58,7 @@ def cache_ingredients(
         "checkpoint": identity(folder),
         "selector": selector.sha256,
         "selector_seed": -1 if selector.trained else config.seed,
-        "method": "omnisift",
+        "method": config.compression.method,
         "video_drop": config.compression.shares.video,
         "audio_drop": config.compression.shares.audio,
         "fps": config.media.fps,
@@ -65,8 +67,9 @@ def cache_ingredients(
         "max_pixels": config.media.max_pixels,
         "max_audio_s": config.media.max_audio_s,
         "timestamps": config.media.timestamps,
+        "reader": config.media.reader,
         "compute_dtype": "bfloat16" if uses_gpu else "float32",
-        "token_dtype": token_dtype(config, uses_gpu=uses_gpu),
+        "codec": token_codec(config, uses_gpu=uses_gpu),
         "transformers": transformers.__version__,
         "compression_version": COMPRESSION_VERSION,
     }
@@ -90,9 +93,10 @@ def make_settings(
         revision=config.revision,
         selector=config.compression.selector,
         seed=config.seed,
+        method=config.compression.method,
         shares=config.compression.shares,
         nominal_timestamps=config.media.timestamps == "nominal",
-        token_dtype=token_dtype(config, uses_gpu=uses_gpu),
+        codec=token_codec(config, uses_gpu=uses_gpu),
         device=device,
     )
     answer = AnswerSettings(

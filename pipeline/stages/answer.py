@@ -12,6 +12,7 @@ import torch
 from omnisift.answer import Answer as Text
 from omnisift.answer import Answerer, Prompt
 from omnisift.checkpoint import load_backbone, load_tokenizer, resolve
+from omnisift.codec import decode
 from omnisift.compressor import KeptTokens, TooLongError
 from pipeline import rows
 
@@ -70,11 +71,11 @@ class Answer:
         """Return the prompts of a video with the answers to fill in; too long ones fail here."""
         if not asked:
             return []
-        kept = _kept_tokens(video)
+        context = self.answerer.open(_kept_tokens(video, self.answerer.backbone.device))
         prompts = []
         for answer, prompt in zip(answers, asked, strict=True):
             try:
-                prompts.append((answer, self.answerer.build_prompt(kept, prompt["prompt"])))
+                prompts.append((answer, self.answerer.ask(context, prompt["prompt"])))
             except TooLongError as error:
                 answer["error_type"] = "too_long"
                 answer["error_message"] = (
@@ -95,7 +96,7 @@ class Answer:
                 answer, prompt = batch[0]
                 answer["error_type"] = "out_of_memory"
                 answer["error_message"] = (
-                    f"a prompt of {prompt.embeds.shape[0]} tokens does not fit the GPU; lower "
+                    f"a prompt of {len(prompt)} tokens does not fit the GPU; lower "
                     "compression.retain or give the actor more of the GPU (pools.answer_gpus)"
                 )
                 return
@@ -116,11 +117,10 @@ def _columns(text: Text) -> dict[str, Any]:
     }
 
 
-def _kept_tokens(row: dict[str, Any]) -> KeptTokens:
-    dtype = getattr(torch, row["token_dtype"])
-    tokens = torch.frombuffer(bytearray(row["tokens"]), dtype=dtype).view(row["token_shape"])
+def _kept_tokens(row: dict[str, Any], device: torch.device) -> KeptTokens:
+    num_tokens, width = row["token_shape"]
     return KeptTokens(
-        embeds=tokens,
+        embeds=decode(row["tokens"], row["token_dtype"], (num_tokens, width), device=device),
         positions=np.array(row["positions"], np.int32).reshape(3, -1),
         modality=np.array(row["modality"], np.uint8),
         next_position=row["next_position"],

@@ -1,4 +1,4 @@
-"""Compress: vision tower, audio tower and OmniSIFT in one actor."""
+"""Compress: vision tower, audio tower and the method of compression in one actor."""
 
 import time
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, read_selector, resolve
+from omnisift.codec import Codec, encode
 from omnisift.compress import DropShares
 from omnisift.compressor import Clip, KeptTokens, TooLongError, VideoCompressor
 from pipeline import rows
@@ -25,22 +26,23 @@ class CompressSettings:
     revision: str
     selector: str  # "" for the model's own
     seed: int
+    method: str
     shares: DropShares
     nominal_timestamps: bool
-    token_dtype: str  # "bfloat16" or "float32"
+    codec: Codec
     device: str  # "cuda" or "cpu"
 
 
 class Compress:
     """Keep the tokens that carry information.
 
-    Reads: frames, audio, fps. Writes: tokens, positions, modality, kept_index and the counts.
-    Full embeddings (7 KB a token) never leave the actor.
+    Reads: video_key, frames, audio, fps. Writes: tokens, positions, modality, kept_index and the
+    counts. Full embeddings (7 KB a token) never leave the actor.
     """
 
     def __init__(self, settings: CompressSettings) -> None:
         """Load the towers and the selector."""
-        self.token_dtype = settings.token_dtype
+        self.codec = settings.codec
         folder: Path = resolve(settings.model, settings.revision)
         backbone: Backbone = load_backbone(folder, part="towers", device=settings.device)
         selector: AudioSelector = build_selector(
@@ -50,6 +52,7 @@ class Compress:
             backbone,
             selector,
             settings.shares,
+            method=settings.method,
             nominal_timestamps=settings.nominal_timestamps,
         )
 
@@ -62,7 +65,7 @@ class Compress:
             return row
         start = time.perf_counter()
         try:
-            [kept] = self.compressor([_clip(row)])
+            [kept] = self.compressor([_clip(row)], video_keys=[row["video_key"]])
         except TooLongError as error:
             return rows.failed(
                 row,
@@ -83,7 +86,7 @@ class Compress:
             )
         return {
             **row,
-            **_columns(kept, self.token_dtype),
+            **_columns(kept, self.codec),
             "compress_s": time.perf_counter() - start,
         }
 
@@ -99,12 +102,10 @@ def _clip(row: dict[str, Any]) -> Clip:
     )
 
 
-def _columns(kept: KeptTokens, token_dtype: str) -> dict[str, Any]:
-    # bfloat16 has no Arrow type: it travels as its uint16 bytes.
-    tokens = kept.embeds.to(getattr(torch, token_dtype)).contiguous().view(torch.uint8)
+def _columns(kept: KeptTokens, codec: Codec) -> dict[str, Any]:
     return {
-        "tokens": tokens.numpy().tobytes(),
-        "token_dtype": token_dtype,
+        "tokens": encode(kept.embeds, codec),
+        "token_dtype": codec,
         "token_shape": list(kept.embeds.shape),
         "positions": kept.positions.tolist(),
         "modality": kept.modality,

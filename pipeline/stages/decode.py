@@ -1,4 +1,4 @@
-"""decode: a video's uri becomes sampled frames and sound."""
+"""Decode: a video's uri becomes sampled frames and sound."""
 
 import contextlib
 import fcntl
@@ -37,6 +37,7 @@ class Decode:
         self._storage = Storage(storage)
         self._temp_dir, lock_fd = _own_temp_dir(Path(decode.temp_dir or tempfile.gettempdir()))
         self._decoder = DecoderProcess(media, decode)
+        self._decoder.start()  # now, while the actors behind load their models
         # Runs at exit as well; when the process is killed, the next actor here sweeps.
         self._finalizer = weakref.finalize(self, _give_back, self._decoder, self._temp_dir, lock_fd)
 

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from omnisift.methods import METHODS
 from pipeline import cli
 from pipeline.config import CaptionConfig
 
@@ -29,16 +30,22 @@ def load(**settings: Any) -> CaptionConfig:
         ("media.max_pixels", "100351", "at least media.min_pixels (100352), got 100351"),
         ("media.max_audio_s", "0", "in (0, 300], got 0.0"),
         ("media.max_audio_s", "300.1", "in (0, 300], got 300.1"),
-        ("media.timestamps", "wrong", "'true' or 'nominal', got 'wrong'"),
+        ("media.reader", "cv2", "'pyav' or 'decord', got 'cv2'"),
+        ("media.timestamps", "wrong", "'seconds' or 'nominal', got 'wrong'"),
         ("decode.deadline_s", "0", "positive, got 0.0"),
         ("decode.memory_limit_bytes", "0", "positive, got 0"),
         ("decode.max_size_bytes", "-1", "positive, got -1"),
         ("decode.max_source_pixels", "0", "positive, got 0"),
+        (
+            "compression.method",
+            "fastv",
+            f"one of {', '.join(METHODS)}, got 'fastv'",
+        ),
         ("compression.retain", "0", "in (0, 1], got 0.0"),
         ("compression.retain", "1.5", "in (0, 1], got 1.5"),
         ("compression.video_drop", "-0.1", "in [0, 1] or null, got -0.1"),
         ("compression.audio_drop", "1.1", "in [0, 1] or null, got 1.1"),
-        ("cache.codec", "float16", "auto, bfloat16 or float32, got 'float16'"),
+        ("cache.codec", "float16", "auto, float32, bfloat16, int8, got 'float16'"),
         ("cache.videos_per_file", "0", "at least 1, got 0"),
         ("answer.prompt", "  ", "not empty, got '  '"),
         ("answer.max_new_tokens", "0", "at least 1, got 0"),
@@ -72,6 +79,7 @@ def test_a_broken_rule_is_refused_with_field_rule_and_value(
         ("media.max_pixels", "100352"),
         ("media.max_audio_s", "300"),
         ("media.timestamps", "nominal"),
+        ("compression.method", "omnizip"),
         ("compression.retain", "1"),
         ("compression.video_drop", "0"),
         ("compression.audio_drop", "1"),
@@ -94,6 +102,12 @@ def test_a_named_drop_share_overrides_retain_for_its_modality_alone() -> None:
     nominal = load(compression__retain=0.25).compression.shares
     mixed = load(compression__retain=0.25, compression__video_drop=0.9).compression.shares
     assert (mixed.video, mixed.audio) == (0.9, nominal.audio)
+
+
+def test_the_method_none_drops_nothing_whatever_the_shares() -> None:
+    given = {"compression__method": "none", "compression__retain": 0.25}
+    shares = load(**given, compression__audio_drop=0.5).compression.shares
+    assert (shares.video, shares.audio) == (0.0, 0.0)
 
 
 def test_every_key_tells_what_it_means() -> None:

@@ -44,6 +44,19 @@ def every_frame(path: Path) -> tuple[list[Fraction], list[NDArray[np.uint8]]]:
     return [start for start, _ in frames], [picture.astype(np.uint8) for _, picture in frames]
 
 
+@pytest.mark.parametrize("name", ["h264_sound.mp4", "vp9_opus.webm", "av1.mp4", "rotated.mp4"])
+def test_decord_reads_the_same_where_it_is_right(folder: Path, name: str) -> None:
+    ours = decode(folder, name)
+    theirs = decode(folder, name, MediaConfig(reader="decord"))
+    assert np.array_equal(ours.frames, theirs.frames)
+    assert np.array_equal(ours.audio, theirs.audio)
+
+
+def test_decord_says_what_it_cannot_read(folder: Path) -> None:
+    with pytest.raises(DecodeError, match=r"decord cannot read it .* media\.reader=pyav"):
+        decode(folder, "one_pixel.mkv", MediaConfig(reader="decord"))
+
+
 def on_display(starts: list[Fraction], time_s: float) -> int:
     shown = 0
     for number, start in enumerate(starts):

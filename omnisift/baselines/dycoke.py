@@ -1,0 +1,90 @@
+"""DyCoke's token temporal merging (arXiv 2411.15024): drop what an earlier grid shows as well.
+
+Shapes: L tokens of a sequence, R rows of N tokens (grids, or pieces of audio), D width.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnisift.compress import Compressed, DropShares, Sequence3d, check_inputs, gather_kept
+from omnisift.layout import Integers, find_grids, pad_rows
+from omnisift.video_pruning import drop_highest, temporal_similarity
+
+GROUP = 4
+# In a group of four rows, how far back stands the row each is compared with; 0: kept whole.
+_LOOK_BACK = np.array([0, 1, 2, 1])
+
+
+def merge_temporally(
+    sequence: Sequence3d,
+    *,
+    video_drop: float,
+    audio_drop: float,
+    video_token_id: int,
+    audio_token_id: int,
+) -> Compressed:
+    """Shorten one sequence (inputs_embeds [L, D], input_ids [L], position_ids [3, L]).
+
+    Groups are four grids f0..f3: f0 stays whole, f1 and f2 lose the tokens most similar to f0's,
+    f3 those most similar to the unpruned f2's, compared index by index; a grid of another size
+    than its partner stays whole. The audio of a group (from its first time to the next group's)
+    is cut into four equal pieces, which are treated alike; up to three tokens behind the last
+    piece stay. A last group of fewer grids has no f3, f2, f1.
+
+    Three rows of four lose 4/3 of the drop share, at most all: shares above .75 are not reached.
+    Raises ValueError for shares outside [0, 1] and shapes that do not belong together.
+    """
+    check_inputs([sequence], DropShares(video_drop, audio_drop))
+    embeds_LD, ids, position_ids = sequence
+    host_ids, positions = ids.cpu().numpy(), position_ids.cpu().numpy()
+    grids = find_grids(host_ids, positions, video_token_id=video_token_id)
+    audio = np.flatnonzero(host_ids == audio_token_id)
+    group = np.searchsorted(grids.time[::GROUP], positions[0, audio], side="right") - 1
+    pieces, num = _pieces(audio[group >= 0], group[group >= 0], -(-len(grids.time) // GROUP))
+    keep_L = torch.ones(len(host_ids), dtype=torch.bool, device=embeds_LD.device)
+    num_dropped = 0
+    for rows, counts, share in ((grids.index, grids.num, video_drop), (pieces, num, audio_drop)):
+        num_dropped += _drop_repeated(embeds_LD, keep_L, rows, counts, share)
+    [result] = gather_kept([sequence[2]], embeds_LD, keep_L, [len(host_ids) - num_dropped])
+    return result
+
+
+def _pieces(audio: Integers, group: Integers, num_groups: int) -> tuple[Integers, Integers]:
+    """Cut each group's audio into four rows of equal length; return rows, counts."""
+    rows, counts = pad_rows(group, audio, num_groups)
+    size = counts // GROUP
+    column = np.arange(rows.shape[1])
+    owner, place = np.nonzero(column < GROUP * size[:, None])
+    return pad_rows(owner * GROUP + place // size[owner], rows[owner, place], GROUP * num_groups)
+
+
+def _drop_repeated(
+    embeds_LD: Tensor, keep_L: Tensor, rows: Integers, counts: Integers, share: float
+) -> int:
+    """Take the tokens that repeat an earlier row out of `keep_L`; return how many they are."""
+    row = np.arange(len(rows))
+    partner = row - _LOOK_BACK[row % GROUP]
+    num_dropped = np.where(
+        (partner != row) & (counts == counts[partner]),
+        (counts * min(1.0, share * 4 / 3)).astype(np.int64),
+        0,
+    )
+    if not num_dropped.any():
+        return 0
+    later = np.flatnonzero(num_dropped)
+
+    def on_device(array: Integers) -> Tensor:
+        return torch.from_numpy(array).to(embeds_LD.device)
+
+    index_RN = on_device(rows[later])
+    valid = torch.arange(rows.shape[1], device=embeds_LD.device) < on_device(counts[later])[:, None]
+    similarity = temporal_similarity(
+        embeds_LD[index_RN], embeds_LD[on_device(rows[partner[later]])]
+    )
+    kept = drop_highest(similarity, valid, on_device(num_dropped[later]))
+    # Each token stands in one row; the padding (index 0) is pointed at its row's first token.
+    index_RN = torch.where(valid, index_RN, index_RN[:, :1])
+    kept = torch.where(valid, kept, kept[:, :1])
+    keep_L[index_RN] = kept
+    return int(num_dropped.sum())

@@ -1,0 +1,133 @@
+"""The methods of compression by name: OmniSIFT, its ablations, what it is compared with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from omnisift.audio_selection import AudioSelector
+from omnisift.baselines.dycoke import merge_temporally
+from omnisift.baselines.omnizip import zip_tokens
+from omnisift.baselines.random_drop import drop_at_random
+from omnisift.compress import COMPLETE, Compressed, Deciders, Sequence3d, compress_batch
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method needs beside the sequences."""
+
+    selector: bool = False  # a trained selector
+    video_keys: bool = False  # the videos' keys, which seed its chance
+    audio_importance: bool = False  # the attention each audio token receives in the audio tower
+
+
+METHODS = {
+    "omnisift": Method(selector=True),
+    "omnizip": Method(audio_importance=True),
+    "dycoke": Method(),
+    "random": Method(video_keys=True),
+    "none": Method(),
+    "omnisift_no_spatial": Method(selector=True, video_keys=True),
+    "omnisift_no_temporal": Method(selector=True, video_keys=True),
+    "omnisift_audio_only": Method(selector=True),
+    "omnisift_random_audio": Method(video_keys=True),
+}
+_DECIDERS = {
+    "omnisift": COMPLETE,
+    "omnisift_no_spatial": Deciders(spatial=False),
+    "omnisift_no_temporal": Deciders(temporal=False),
+    "omnisift_audio_only": Deciders(audio="audio"),
+    "omnisift_random_audio": Deciders(audio="chance"),
+}
+
+
+def find_method(name: str) -> Method:
+    """Return what a method needs. Raises ValueError that lists the methods there are."""
+    if name not in METHODS:
+        raise ValueError(f"the method must be one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]
+
+
+def compress_with(
+    method: str,
+    sequences: Sequence[Sequence3d],
+    *,
+    video_drop: float,
+    audio_drop: float,
+    video_token_id: int,
+    audio_token_id: int,
+    selector: AudioSelector | None = None,
+    video_keys: Sequence[str] | None = None,
+    audio_importance: Sequence[Tensor] | None = None,
+    positions_per_chunk: int = 50,
+) -> list[Compressed]:
+    """Shorten sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) by a method.
+
+    `video_keys` are one a sequence, `audio_importance` [audio tokens] each: only `METHODS` that
+    say so need them. `positions_per_chunk` is that of the interleaving. "none" keeps everything,
+    whatever the shares.
+
+    Raises ValueError for a method there is not, for what it needs and is not given, for shares
+    outside [0, 1] and shapes that do not belong together.
+    """
+    needs = find_method(method)
+    for name, wanted, given in (
+        ("video_keys", needs.video_keys, video_keys),
+        ("audio_importance", needs.audio_importance, audio_importance),
+    ):
+        if wanted and (given is None or len(given) != len(sequences)):
+            raise ValueError(f"{method} needs {name}, one for each of {len(sequences)} sequences")
+    match method:
+        case "random":
+            return drop_at_random(
+                sequences,
+                video_drop=video_drop,
+                audio_drop=audio_drop,
+                video_token_id=video_token_id,
+                audio_token_id=audio_token_id,
+                video_keys=video_keys or (),
+            )
+        case "dycoke":
+            return [
+                merge_temporally(
+                    sequence,
+                    video_drop=video_drop,
+                    audio_drop=audio_drop,
+                    video_token_id=video_token_id,
+                    audio_token_id=audio_token_id,
+                )
+                for sequence in sequences
+            ]
+        case "omnizip":
+            return [
+                zip_tokens(
+                    sequence,
+                    video_drop=video_drop,
+                    audio_drop=audio_drop,
+                    video_token_id=video_token_id,
+                    audio_token_id=audio_token_id,
+                    importance=importance,
+                    positions_per_chunk=positions_per_chunk,
+                )
+                for sequence, importance in zip(sequences, audio_importance or (), strict=True)
+            ]
+        case "none":
+            return compress_batch(
+                sequences,
+                selector=None,
+                video_drop=0.0,
+                audio_drop=0.0,
+                video_token_id=video_token_id,
+                audio_token_id=audio_token_id,
+            )
+        case _:
+            return compress_batch(
+                sequences,
+                selector=selector,
+                video_drop=video_drop,
+                audio_drop=audio_drop,
+                video_token_id=video_token_id,
+                audio_token_id=audio_token_id,
+                deciders=_DECIDERS[method],
+                video_keys=video_keys or (),
+            )
