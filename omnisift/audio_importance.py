@@ -35,7 +35,8 @@ def encode_audio_with_importance(
 
     hook = attention.register_forward_pre_hook(measure, with_kwargs=True)
     try:
-        tokens = backbone.encode_audio(waveforms)
+        # The packed tower does not call the stock modules, and so not their hooks.
+        tokens = Backbone(model, towers="stock").encode_audio(waveforms)
     finally:
         hook.remove()
     mels = [num_mel_frames(len(waveform)) for waveform in waveforms]

@@ -3,9 +3,13 @@
 Shapes: C chunks, V video tokens, A audio tokens (both padded), D width, h hidden.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from omnisift.float32_product import linear_float32
 
 
 class AudioSelector(nn.Module):
@@ -31,10 +35,12 @@ class AudioSelector(nn.Module):
 
     def forward(self, video_CVD: Tensor, video_valid_CV: Tensor, audio_CAD: Tensor) -> Tensor:
         """Return the scores in (0, 1), [C, A]; every chunk needs at least one valid video token."""
-        video = self.v_norm(self.v_proj(video_CVD))
-        audio = self.a_norm(self.a_proj(audio_CAD))
+        video = self.v_norm(_linear(self.v_proj, video_CVD))
+        audio = self.a_norm(_linear(self.a_proj, audio_CAD))
         attended = self.post_attn_norm(self._attend(audio, video, video_valid_CV) + audio)
-        scores: Tensor = self.score_head(attended)
+        first, last = self.score_head[0], self.score_head[2]
+        hidden = F.silu(_linear(first, attended))
+        scores: Tensor = last(hidden)
         return torch.sigmoid(scores.squeeze(-1))
 
     def _attend(self, audio_CAh: Tensor, video_CVh: Tensor, video_valid_CV: Tensor) -> Tensor:
@@ -47,8 +53,9 @@ class AudioSelector(nn.Module):
         query_bias, key_value_bias = attention.in_proj_bias.split(
             [audio_CAh.shape[-1], 2 * audio_CAh.shape[-1]]
         )
-        query = F.linear(audio_CAh, query_weight, query_bias)
-        key, value = F.linear(video_CVh, key_value_weight, key_value_bias).chunk(2, dim=-1)
+        query = linear_float32(audio_CAh, query_weight, query_bias)
+        projected = linear_float32(video_CVh, key_value_weight, key_value_bias)
+        key, value = projected.chunk(2, dim=-1)
 
         def heads(x: Tensor) -> Tensor:
             return x.reshape(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
@@ -56,5 +63,8 @@ class AudioSelector(nn.Module):
         attended = F.scaled_dot_product_attention(
             heads(query), heads(key), heads(value), attn_mask=video_valid_CV[:, None, None, :]
         )
-        projected: Tensor = attention.out_proj(attended.transpose(1, 2).flatten(2))
-        return projected
+        return _linear(attention.out_proj, attended.transpose(1, 2).flatten(2))
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    return linear_float32(x, layer.weight, layer.bias)

@@ -4,22 +4,29 @@ Shapes: L tokens of a sequence, n tokens of one video or sound, D width.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from omnisift.audio_tower import AudioTower
 from omnisift.layout import Block, Modality, ModelLayout, num_audio_tokens
 from omnisift.media import log_mel, num_mel_frames, patchify
+from omnisift.vision_tower import VisionTower
+
+# "packed": all windows at once, compiled on a GPU; "stock": transformers' own forward.
+Towers = Literal["packed", "stock"]
 
 
 class Backbone:
     """A loaded thinker, or the part of one that is needed (see `checkpoint.load_backbone`)."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, towers: Towers = "packed") -> None:
         """Wrap a transformers `Qwen2_5OmniThinkerForConditionalGeneration`."""
         self.model = model.eval()
+        self.towers = towers
         self.layout = ModelLayout.of(model.config)
         self.width: int = model.config.text_config.hidden_size
         self.max_positions: int = model.config.text_config.max_position_embeddings
@@ -36,9 +43,19 @@ class Backbone:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
+    @cached_property
+    def _packed_vision(self) -> VisionTower:
+        return VisionTower(_inner(self.model).visual)
+
+    @cached_property
+    def _packed_audio(self) -> AudioTower:
+        return AudioTower(_inner(self.model).audio_tower)
+
     @torch.inference_mode()
     def encode_video(self, clips: Sequence[Tensor]) -> list[Tensor]:
         """Run the vision tower on clips uint8 [T, H, W, 3]; return [n, D] each, in one call."""
+        if self.towers == "packed":
+            return self._packed_vision(clips)
         patches, grids = zip(*(patchify(clip.to(self.device)) for clip in clips), strict=True)
         grid_thw = torch.tensor(grids, device=self.device)
         features = self.model.get_video_features(
@@ -60,6 +77,8 @@ class Backbone:
         ]
         if not mels:
             return [torch.empty(0, self.width, device=self.device, dtype=self.dtype)] * len(counts)
+        if self.towers == "packed":
+            return list(self._packed_audio(mels).split(counts))
         # Clips are laid end to end rather than padded: the tower's windows never cross clips.
         lengths = torch.tensor([mel.shape[1] for mel in mels], device=self.device)
         longest = int(lengths.max())
@@ -107,3 +126,8 @@ class Backbone:
             use_cache=True,
         ).last_hidden_state
         return hidden
+
+
+def _inner(model: Any) -> Any:
+    # transformers moved the towers one module down between 5.17 and 5.23.
+    return model if hasattr(model, "visual") else model.model

@@ -1,33 +1,46 @@
 """Shorten an audio-video prompt: scores + drop shares -> keep mask -> kept tokens.
 
-Shapes: L tokens of a sequence, C chunks, N tokens of a grid, A audio tokens, D width, n kept.
+Shapes: L tokens of a sequence, C chunks, N tokens of a grid, A audio tokens, R chunks whose audio
+is selected, D width, n kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.chance import draw
-from omnisift.layout import Chunks, Integers, find_chunks
+from omnisift.compression_plan import (
+    COMPLETE,
+    AudioPlan,
+    CompressionPlan,
+    Deciders,
+    DropShares,
+    VideoPlan,
+    plan_compression,
+)
 from omnisift.video_pruning import drop_highest, spatial_similarity, temporal_similarity
+
+__all__ = [
+    "COMPLETE",
+    "Compressed",
+    "Deciders",
+    "DropShares",
+    "Sequence3d",
+    "check_inputs",
+    "compress",
+    "compress_batch",
+    "compress_planned",
+    "drop_shares",
+    "gather_kept",
+    "lay_end_to_end",
+]
 
 # embeddings [L, D] of a prompt, its ids [L], its positions [3, L]
 Sequence3d = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class DropShares:
-    """The share of tokens REMOVED, per modality, each in [0, 1]."""
-
-    video: float
-    audio: float
-
 
 # Retained share -> drop shares. The middle rows are the published settings (method.md); between
 # the rows both shares run linearly.
@@ -48,133 +61,156 @@ def drop_shares(retain: float) -> DropShares:
 
 
 @dataclass(frozen=True)
-class Deciders:
-    """What decides which tokens go. The default is the method, all else are its ablations.
-
-    An ablation drops exactly as many tokens of each chunk as the method; those it has no score
-    for go by chance. It needs a selector that was trained with it.
-    """
-
-    spatial: bool = True  # False: first grids by chance
-    temporal: bool = True  # False: second grids by chance
-    audio: Literal["video", "audio", "chance"] = "video"  # the context of the selector, or none
-
-    @property
-    def by_chance(self) -> bool:
-        """Return whether anything is left to chance."""
-        return not (self.spatial and self.temporal) or self.audio == "chance"
-
-
-COMPLETE = Deciders()
-
-
-@dataclass(frozen=True)
 class Compressed:
     """What survives of one sequence."""
 
     embeds: Tensor  # [n, D], in the original order
     keep_mask: Tensor  # [L] bool
-    position_ids: Tensor  # [3, n], the original ones, gaps included
     kept_index: Tensor  # [n], index in the sequence
+    all_positions: Tensor  # [3, L], as given
 
+    @property
+    def position_ids(self) -> Tensor:
+        """Return the original positions [3, n], gaps included, where they were given.
 
-@dataclass(frozen=True)
-class _Budget:
-    """How many tokens each chunk loses: known before any score is."""
-
-    drop_first: Integers  # [C]
-    drop_second: Integers  # [C]
-    context: Integers  # [C] video tokens that survive
-    drop_audio: Integers  # [C]
-    selects: NDArray[np.bool_]  # [C] VGAS runs
-
-
-def _budget(chunks: Chunks, shares: DropShares, deciders: Deciders) -> _Budget:
-    drop_first = (chunks.num_first * shares.video).astype(np.int64)
-    # Only equal grids can be compared token by token; an unequal second grid stays whole.
-    drop_second = np.where(chunks.num_second == chunks.num_first, drop_first, 0)
-    context = chunks.num_first + chunks.num_second - drop_first - drop_second
-    has_context = (context > 0) | (deciders.audio == "audio")
-    selects = has_context & (chunks.num_audio > 1)
-    drop_audio = np.where(selects, (chunks.num_audio * shares.audio).astype(np.int64), 0)
-    return _Budget(drop_first, drop_second, context, drop_audio, selects)
+        On another device than the tokens' this waits for the compression.
+        """
+        return self.all_positions[:, self.kept_index.to(self.all_positions.device)]
 
 
 def _valid(counts: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=counts.device) < counts[:, None]
 
 
-def _prune_video(
-    tokens_LD: Tensor, chunks: Chunks, budget: _Budget, deciders: Deciders, chance_L: Tensor
+def prune_video(
+    tokens_LD: Tensor, plan: VideoPlan, deciders: Deciders, chance_L: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """STVP. Return, for the chunks' video tokens [C, N1 + N2]: index, kept, dropped."""
-    first, second = _on_device(chunks.first, tokens_LD), _on_device(chunks.second, tokens_LD)
-    first_valid = _valid(_on_device(chunks.num_first, tokens_LD), first.shape[1])
-    second_valid = _valid(_on_device(chunks.num_second, tokens_LD), second.shape[1])
-    first_tokens = tokens_LD[first]
-    keep_first = drop_highest(
-        spatial_similarity(first_tokens, first_valid) if deciders.spatial else chance_L[first],
-        first_valid,
-        _on_device(budget.drop_first, tokens_LD),
-    )
+    first_valid = _valid(plan.num_first, plan.first.shape[1])
+    second_valid = _valid(plan.num_second, plan.second.shape[1])
+    first_tokens = tokens_LD[plan.first]
+    if deciders.spatial:
+        score = spatial_similarity(first_tokens, first_valid)
+    else:
+        assert chance_L is not None
+        score = chance_L[plan.first]
+    keep_first = drop_highest(score, first_valid, plan.drop_first)
     # Columns beyond the shorter kind of grid belong to chunks whose grids differ: kept whole.
-    compared = min(first.shape[1], second.shape[1])
-    keep_second = second_valid.clone()
-    keep_second[:, :compared] = drop_highest(
-        temporal_similarity(tokens_LD[second[:, :compared]], first_tokens[:, :compared])
-        if deciders.temporal
-        else chance_L[second[:, :compared]],
-        second_valid[:, :compared],
-        _on_device(budget.drop_second, tokens_LD),
-    )
-    kept = torch.cat((keep_first, keep_second), dim=1)
+    compared = min(plan.first.shape[1], plan.second.shape[1])
+    second = plan.second[:, :compared]
+    if deciders.temporal:
+        score = temporal_similarity(tokens_LD[second], first_tokens[:, :compared])
+    else:
+        assert chance_L is not None
+        score = chance_L[second]
+    keep_second = drop_highest(score, second_valid[:, :compared], plan.drop_second)
+    kept = torch.cat((keep_first, keep_second, second_valid[:, compared:]), dim=1)
     valid = torch.cat((first_valid, second_valid), dim=1)
-    return torch.cat((first, second), dim=1), kept, valid & ~kept
+    return torch.cat((plan.first, plan.second), dim=1), kept, valid & ~kept
 
 
-def _select_audio(
+def select_audio(
     tokens_LD: Tensor,
-    chunks: Chunks,
-    budget: _Budget,
+    plan: AudioPlan,
     video_index: Tensor,
     video_kept: Tensor,
     selector: AudioSelector | None,
     deciders: Deciders,
-    chance_L: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """VGAS. Return, for the audio of the chunks it runs on [C', A]: index, score, dropped."""
-    rows = np.flatnonzero(budget.selects)
-    audio = _on_device(chunks.audio[rows], tokens_LD)
-    audio_valid = _valid(_on_device(chunks.num_audio[rows], tokens_LD), audio.shape[1])
+    chance_L: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """VGAS. Return, for the planned chunks' audio [R, A]: score, dropped."""
+    valid = _valid(plan.num_audio, plan.audio.shape[1])
     if deciders.audio == "chance":
-        score = chance_L[audio]
+        assert chance_L is not None
+        score = chance_L[plan.audio].float()
     else:
         assert selector is not None
-        context, context_valid = audio, audio_valid
+        context, context_valid = plan.audio, valid
         if deciders.audio == "video":
-            context, context_valid = _surviving(video_index, video_kept, budget, rows)
-        dtype = selector.v_proj.weight.dtype
-        score = selector(tokens_LD[context].to(dtype), context_valid, tokens_LD[audio].to(dtype))
-    keep = chunks.num_audio[rows] - budget.drop_audio[rows]
+            # Surviving video tokens moved to the front of each row, in their order.
+            order = (~video_kept[plan.chunk]).sort(dim=1, stable=True).indices
+            context = video_index[plan.chunk].gather(1, order[:, : plan.longest_context])
+            context_valid = _valid(plan.num_context, context.shape[1])
+        score = selector(tokens_LD[context], context_valid, tokens_LD[plan.audio]).float()
     # Keeping the highest is dropping all but them; a tie keeps the lower index.
-    kept = ~drop_highest(score.float(), audio_valid, _on_device(keep, tokens_LD)) & audio_valid
-    return audio, score.float() * audio_valid, audio_valid & ~kept
+    kept = ~drop_highest(score, valid, plan.keep_audio) & valid
+    return score * valid, valid & ~kept
 
 
-def _surviving(
-    video_index: Tensor, video_kept: Tensor, budget: _Budget, rows: Integers
-) -> tuple[Tensor, Tensor]:
-    """Return the surviving video tokens of the chunks `rows`, [C', V], and which are real."""
-    chosen = _on_device(rows, video_index)
-    # Surviving video tokens moved to the front of each row, in their order: the context.
-    order = (~video_kept[chosen]).sort(dim=1, stable=True).indices
-    width = int(budget.context[rows].max())
-    valid = _valid(_on_device(budget.context[rows], video_index), width)
-    return video_index[chosen].gather(1, order[:, :width]), valid
+def _decide(
+    tokens_LD: Tensor,
+    video: VideoPlan,
+    audio: AudioPlan | None,
+    selector: AudioSelector | None,
+    deciders: Deciders = COMPLETE,
+    chance_L: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return which tokens stay [L], and the audio's scores [R, A] where it is selected."""
+    index, kept, dropped = prune_video(tokens_LD, video, deciders, chance_L)
+    # Summed, so that the padding of a row (index 0, nothing dropped) cannot overwrite a token.
+    drops = torch.zeros(tokens_LD.shape[0], dtype=torch.int32, device=tokens_LD.device)
+    drops = drops.scatter_add(0, index.flatten(), dropped.flatten().int())
+    score = None
+    if audio is not None:
+        score, dropped = select_audio(tokens_LD, audio, index, kept, selector, deciders, chance_L)
+        drops = drops.scatter_add(0, audio.audio.flatten(), dropped.flatten().int())
+    return drops == 0, score
 
 
-def _on_device(array: NDArray[np.int64], like: Tensor) -> Tensor:
-    return torch.from_numpy(array).to(like.device, non_blocking=True)
+@cache
+def _compiled_decide() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    # A third of the passes over the embeddings, and a fifth of the launches.
+    return torch.compile(_decide, dynamic=True)
+
+
+def compress_planned(
+    embeds: Sequence[Tensor], plan: CompressionPlan, selector: AudioSelector | None
+) -> list[Compressed]:
+    """Shorten sequences inputs_embeds [L, D] as planned, without waiting for their device.
+
+    Scores are decided in float32. Under autograd, kept audio tokens carry the straight-through
+    factor 1 + s - s.detach(), so that the loss reaches the selector.
+
+    Raises ValueError for a missing selector where audio would have to be selected.
+    """
+    audio = plan.audio
+    chooses = selector is not None or plan.deciders.audio == "chance"
+    if audio and not chooses and plan.shares.audio > 0:
+        raise ValueError(
+            f"audio_drop={plan.shares.audio} needs a selector; pass one or drop no audio"
+        )
+    # Where nothing is dropped only training needs the scores.
+    if not chooses or (plan.shares.audio == 0 and not torch.is_grad_enabled()):
+        audio = None
+    tokens_LD = lay_end_to_end(embeds)
+    if tokens_LD.is_cuda and not torch.is_grad_enabled() and plan.deciders == COMPLETE:
+        keep_L, score = _compiled_decide()(tokens_LD, plan.video, audio, selector)
+    else:
+        keep_L, score = _decide(tokens_LD, plan.video, audio, selector, plan.deciders, plan.chance)
+    if audio and score is not None and score.requires_grad:
+        through = torch.zeros(tokens_LD.shape[0], device=tokens_LD.device)
+        through = through.scatter_add(0, audio.audio.flatten(), (score - score.detach()).flatten())
+        tokens_LD = tokens_LD * (1 + through)[:, None].to(tokens_LD.dtype)
+    return gather_kept(plan.positions, tokens_LD, keep_L, plan.kept)
+
+
+def lay_end_to_end(embeds: Sequence[Tensor]) -> Tensor:
+    """Return the embeddings [L, D] of all sequences as one; a single one is not copied."""
+    return embeds[0] if len(embeds) == 1 else torch.cat(list(embeds))
+
+
+def gather_kept(
+    positions: Sequence[Tensor], tokens_LD: Tensor, keep_L: Tensor, num_kept: Sequence[int]
+) -> list[Compressed]:
+    """Take the kept tokens out of sequences laid end to end; `num_kept` says how many of each."""
+    results, start = [], 0
+    for positions_3L, size in zip(positions, num_kept, strict=True):
+        mask = keep_L[start : start + positions_3L.shape[1]]
+        # The number of survivors is known: asking the device for it would wait for it.
+        kept_index = torch.nonzero_static(mask, size=size).squeeze(1)
+        results.append(Compressed(tokens_LD[start + kept_index], mask, kept_index, positions_3L))
+        start += positions_3L.shape[1]
+    return results
 
 
 def check_inputs(sequences: Sequence[Sequence3d], shares: DropShares) -> None:
@@ -205,79 +241,24 @@ def compress_batch(
     """Shorten several sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) at once.
 
     The sequences may differ in length and in what they keep; none sees another's tokens. Ids and
-    positions on the CPU cost no synchronisation with the embeddings' device. Scores are decided
-    in float32 (in the selector's own type inside it). Under autograd, kept audio tokens carry the
-    straight-through factor 1 + s - s.detach(), so that the loss reaches the selector.
-    `video_keys`, one a sequence, seed what `deciders` leaves to chance.
+    positions on the CPU cost no synchronisation with the embeddings' device.
+    `video_keys`, one a sequence, seed what `deciders` leaves to chance. See `compress_planned`.
 
     Raises ValueError for shares outside [0, 1], shapes that do not belong together, and for a
     missing selector where audio would have to be selected.
     """
     shares = DropShares(video_drop, audio_drop)
     check_inputs(sequences, shares)
-    chunks = find_chunks(
-        [(ids.cpu().numpy(), positions.cpu().numpy()) for _, ids, positions in sequences],
+    plan = plan_compression(
+        [(ids, positions) for _, ids, positions in sequences],
+        shares,
         video_token_id=video_token_id,
         audio_token_id=audio_token_id,
+        device=sequences[0][0].device,
+        deciders=deciders,
+        video_keys=video_keys,
     )
-    budget = _budget(chunks, shares, deciders)
-    tokens_LD = lay_end_to_end(sequences)
-    lengths = [embeds.shape[0] for embeds, _, _ in sequences]
-    chance_L = torch.empty(0)
-    if deciders.by_chance:
-        chance_L = torch.from_numpy(draw(chunks, lengths, video_keys)).to(tokens_LD.device)
-    index, kept, dropped = _prune_video(tokens_LD, chunks, budget, deciders, chance_L)
-    # Summed, so that the padding of a row (index 0, nothing dropped) cannot overwrite a token.
-    drops = torch.zeros(tokens_LD.shape[0], dtype=torch.int32, device=tokens_LD.device)
-    drops.scatter_add_(0, index.flatten(), dropped.flatten().int())
-    chooses = selector is not None or deciders.audio == "chance"
-    if not chooses and audio_drop > 0 and budget.selects.any():
-        raise ValueError(f"audio_drop={audio_drop} needs a selector; pass one or drop no audio")
-    # Where nothing is dropped only training needs the scores.
-    if chooses and budget.selects.any() and (audio_drop > 0 or torch.is_grad_enabled()):
-        audio, score, dropped = _select_audio(
-            tokens_LD, chunks, budget, index, kept, selector, deciders, chance_L
-        )
-        drops.scatter_add_(0, audio.flatten(), dropped.flatten().int())
-        if score.requires_grad:
-            through = torch.zeros(tokens_LD.shape[0], device=tokens_LD.device)
-            through = through.scatter_add(0, audio.flatten(), (score - score.detach()).flatten())
-            tokens_LD = tokens_LD * (1 + through)[:, None].to(tokens_LD.dtype)
-    # The number of survivors is known beforehand: asking the device for it would wait for it.
-    num_dropped = np.bincount(
-        chunks.sequences(lengths),
-        weights=budget.drop_first + budget.drop_second + budget.drop_audio,
-        minlength=len(sequences),
-    )
-    num_kept = [length - int(num) for length, num in zip(lengths, num_dropped, strict=True)]
-    return gather_kept(sequences, tokens_LD, drops == 0, num_kept)
-
-
-def lay_end_to_end(sequences: Sequence[Sequence3d]) -> Tensor:
-    """Return the embeddings of all sequences as one; a single one is not copied."""
-    if len(sequences) == 1:
-        return sequences[0][0]
-    return torch.cat([embeds for embeds, _, _ in sequences])
-
-
-def gather_kept(
-    sequences: Sequence[Sequence3d], tokens_LD: Tensor, keep_L: Tensor, num_kept: Sequence[int]
-) -> list[Compressed]:
-    """Take the kept tokens out of sequences laid end to end; `num_kept` says how many of each."""
-    results, start = [], 0
-    for (embeds, _, positions), size in zip(sequences, num_kept, strict=True):
-        mask = keep_L[start : start + embeds.shape[0]]
-        kept_index = torch.nonzero_static(mask, size=size).squeeze(1)
-        results.append(
-            Compressed(
-                embeds=tokens_LD[start + kept_index],
-                keep_mask=mask,
-                position_ids=positions[:, kept_index.to(positions.device)],
-                kept_index=kept_index,
-            )
-        )
-        start += embeds.shape[0]
-    return results
+    return compress_planned([embeds for embeds, _, _ in sequences], plan, selector)
 
 
 def compress(

@@ -18,6 +18,7 @@ from omnisift.compress import DropShares
 from omnisift.layout import Block, Modality, num_audio_tokens, place_block
 from omnisift.media import FACTOR, TEMPORAL_PATCH, num_mel_frames
 from omnisift.methods import compress_with, find_method
+from omnisift.transfer import download
 
 
 class TooLongError(ValueError):
@@ -136,12 +137,15 @@ class VideoCompressor:
             audio_importance=importance,
             positions_per_chunk=layout.positions_per_chunk,
         )
+        on_host = download(
+            [tensor for result in compressed for tensor in (result.embeds, result.kept_index)]
+        )
         kept = []
-        for block, result in zip(blocks, compressed, strict=True):
-            index = result.kept_index.cpu().numpy()
+        for block, embeds, index_n in zip(blocks, on_host[::2], on_host[1::2], strict=True):
+            index = index_n.numpy()
             kept.append(
                 KeptTokens(
-                    embeds=result.embeds.cpu(),
+                    embeds=embeds,
                     positions=block.positions[:, index].astype(np.int32),
                     modality=block.modality[index],
                     next_position=block.next_position,

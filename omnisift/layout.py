@@ -166,12 +166,30 @@ class Chunks:
 def pad_rows(groups: Integers, members: Integers, num_groups: int) -> tuple[Integers, Integers]:
     """Gather `members` (their group in `groups`) into rows padded with 0; return rows, counts."""
     counts = np.bincount(groups, minlength=num_groups).astype(np.int64)
-    order = np.argsort(groups, kind="stable")
+    width = int(counts.max(initial=0))
+    if not _ascending(groups):
+        order = np.argsort(groups, kind="stable")
+        groups, members = groups[order], members[order]
+    if counts.size and (counts == width).all():
+        return members.reshape(num_groups, width), counts
     starts = np.cumsum(counts) - counts
-    column = np.arange(len(groups)) - np.repeat(starts, counts)
-    rows = np.zeros((num_groups, int(counts.max(initial=0))), dtype=np.int64)
-    rows[groups[order], column] = members[order]
+    rows = np.zeros((num_groups, width), dtype=np.int64)
+    rows[groups, np.arange(len(groups)) - np.repeat(starts, counts)] = members
     return rows, counts
+
+
+def _ascending(values: Integers) -> bool:
+    return bool((values[1:] >= values[:-1]).all())
+
+
+def _distinct(values: Integers) -> tuple[Integers, Integers]:
+    """Return the distinct values in order and, for each value, its place among them."""
+    if not _ascending(values):
+        return np.unique(values, return_inverse=True)
+    # The usual layout is in order already, and sorting it would cost more than all the rest.
+    begins = np.ones(len(values), dtype=bool)
+    begins[1:] = values[1:] != values[:-1]
+    return values[begins], np.cumsum(begins) - 1
 
 
 def find_chunks(
@@ -183,18 +201,21 @@ def find_chunks(
     [the chunk's first time, the next chunk's first time); the last window has no end. The
     indices count through the sequences laid end to end.
     """
-    firsts, seconds, audios = [], [], []  # (chunk, token index)
+    # (chunk, token index)
+    firsts: list[tuple[Integers, Integers]] = []
+    seconds: list[tuple[Integers, Integers]] = []
+    audios: list[tuple[Integers, Integers]] = []
     num_chunks = offset = 0
     for ids, positions in sequences:
         video = np.flatnonzero(ids == video_token_id)
-        times, grid = np.unique(positions[0, video], return_inverse=True)
-        chunk = grid // 2 + num_chunks
-        first = grid % 2 == 0
-        firsts.append((chunk[first], video[first] + offset))
-        seconds.append((chunk[~first], video[~first] + offset))
+        times, grid = _distinct(positions[0, video])
+        chunk = (grid >> 1) + num_chunks
+        for parts, parity in ((firsts, 0), (seconds, 1)):
+            chosen = np.flatnonzero((grid & 1) == parity)
+            parts.append((chunk[chosen], video[chosen] + offset))
         audio = np.flatnonzero(ids == audio_token_id)
         window = np.searchsorted(times[::2], positions[0, audio], side="right") - 1
-        inside = window >= 0
+        inside = np.flatnonzero(window >= 0)
         audios.append((window[inside] + num_chunks, audio[inside] + offset))
         num_chunks += (len(times) + 1) // 2
         offset += len(ids)

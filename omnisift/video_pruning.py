@@ -4,8 +4,9 @@ Shapes: C chunks, N tokens of a grid (padded), D width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+_SMALLEST_NORM = 1e-8  # F.cosine_similarity's: a blank token is like nothing
 
 
 def spatial_similarity(grid_CND: Tensor, valid_CN: Tensor) -> Tensor:
@@ -13,12 +14,19 @@ def spatial_similarity(grid_CND: Tensor, valid_CN: Tensor) -> Tensor:
     tokens = grid_CND.float()
     count = valid_CN.sum(1, keepdim=True).clamp(min=1)
     mean = (tokens * valid_CN[..., None]).sum(1) / count
-    return F.cosine_similarity(tokens, mean[:, None], dim=-1)
+    return _cosine(tokens, mean[:, None])
 
 
 def temporal_similarity(second_CND: Tensor, first_CND: Tensor) -> Tensor:
     """Return the cosine, float32 [C, N], of each token with its twin, unpruned, a grid before."""
-    return F.cosine_similarity(second_CND.float(), first_CND.float(), dim=-1)
+    return _cosine(second_CND.float(), first_CND.float())
+
+
+def _cosine(one: Tensor, other: Tensor) -> Tensor:
+    # F.cosine_similarity divides before it sums, which takes a second pass over the tokens.
+    norms = [torch.linalg.vector_norm(x, dim=-1).clamp(min=_SMALLEST_NORM) for x in (one, other)]
+    cosine: Tensor = (one * other).sum(-1) / (norms[0] * norms[1])
+    return cosine
 
 
 def drop_highest(score_CN: Tensor, valid_CN: Tensor, num_dropped_C: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def merge_temporally(
     num_dropped = 0
     for rows, counts, share in ((grids.index, grids.num, video_drop), (pieces, num, audio_drop)):
         num_dropped += _drop_repeated(embeds_LD, keep_L, rows, counts, share)
-    [result] = gather_kept([sequence], embeds_LD, keep_L, [len(host_ids) - num_dropped])
+    [result] = gather_kept([sequence[2]], embeds_LD, keep_L, [len(host_ids) - num_dropped])
     return result
 
 

@@ -71,7 +71,7 @@ def zip_tokens(
             video_drop=video_drop,
         )
         _prune_video(unzipped_LD, keep_L, grids, place, drops)
-    [result] = gather_kept([sequence], embeds_LD, keep_L, [int(keep_L.sum())])
+    [result] = gather_kept([sequence[2]], embeds_LD, keep_L, [int(keep_L.sum())])
     return result
 
 

@@ -61,6 +61,6 @@ def drop_at_random(
         np.add.at(drops, index, dropped)
     kept = drops == 0
     num_kept = [int(part.sum()) for part in np.split(kept, np.cumsum(lengths)[:-1])]
-    tokens_LD = lay_end_to_end(sequences)
+    tokens_LD = lay_end_to_end([embeds for embeds, _, _ in sequences])
     keep_L = torch.from_numpy(kept).to(tokens_LD.device)
-    return gather_kept(sequences, tokens_LD, keep_L, num_kept)
+    return gather_kept([positions for _, _, positions in sequences], tokens_LD, keep_L, num_kept)

@@ -1,0 +1,278 @@
+"""Measure the parts against what one would run otherwise: `python jobs/benchmark.py [--quick]`.
+
+The whole table needs a GPU with 80 GB and uses the published sizes of Qwen2.5-Omni-7B with random
+weights, on which time does not depend. `--quick` runs the same code on any machine with a tiny
+model, in seconds: it shows that the benchmark works, not how fast anything is.
+"""
+
+import argparse
+import copy
+import gc
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from omnisift.audio_selection import AudioSelector
+from omnisift.backbone import Backbone
+from omnisift.compress import Compressed, compress_batch, drop_shares
+from omnisift.compressor import Clip, VideoCompressor
+from omnisift.decoder import compile_decoder, prefill
+from omnisift.layout import Block, place_block
+from omnisift.measure.chunk_loop import chunk_loop
+from omnisift.measure.random_model import published_config, random_model
+from omnisift.measure.timing import Times, alternately, behind_other_work, settle
+from omnisift.media import FACTOR, SAMPLE_RATE
+from omnisift.mini.tiny import tiny_config
+
+RETAIN = 0.25
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: one video with sound, 2 frames a second."""
+
+    config: Any  # a Qwen2_5OmniThinkerConfig
+    grids: int  # of a video, one a second
+    side: int  # tokens of a grid, down and across
+    chunks: tuple[int, ...]  # for the cost of one more
+    kept_tokens: int  # for the prefill
+    rounds: int
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return |actual - expected| / |expected|."""
+    wanted = expected.double()
+    return float((actual.double() - wanted).norm() / wanted.norm())
+
+
+def report(part: str, ours: Times, other: Times | None, note: str = "") -> None:
+    """Print one line of the table."""
+    against = "" if other is None else f"{other}"
+    factor = "" if other is None else f"{other.median_ms / ours.median_ms:.2f}x"
+    print(f"| {part} | {ours} | {against} | {factor} | {note} |", flush=True)
+
+
+def _block(backbone: Backbone, grids: int, side: int) -> Block:
+    return place_block(
+        backbone.layout,
+        grids=grids,
+        height=side,
+        width=side,
+        seconds_per_grid=1.0,
+        audio_tokens=grids * backbone.layout.positions_per_second,
+    )
+
+
+@contextmanager
+def _no_waiting(device: torch.device) -> Iterator[None]:
+    """Turn every wait of the host for the GPU into an error."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.inference_mode()
+def measure_compression(backbone: Backbone, sizes: Sizes) -> None:
+    """Measure compression against the loop, and the cost of one more chunk."""
+    device, layout = backbone.device, backbone.layout
+    torch.manual_seed(1)
+    selector = AudioSelector(backbone.width).to(device).requires_grad_(False)
+    shares = drop_shares(RETAIN)
+    costs: list[tuple[int, Times, Times]] = []
+    for chunks in sorted({*sizes.chunks, sizes.grids // 2}):
+        block = _block(backbone, 2 * chunks, sizes.side)
+        ids, positions = torch.from_numpy(block.ids), torch.from_numpy(block.positions)
+        embeds = torch.randn(len(ids), backbone.width, device=device, dtype=backbone.dtype)
+        on_device = (embeds, ids.to(device), positions.to(device))
+
+        def ours(
+            sequence: tuple[Tensor, Tensor, Tensor] = (embeds, ids, positions),
+        ) -> Compressed:
+            [result] = compress_batch(
+                [sequence],
+                selector=selector,
+                video_drop=shares.video,
+                audio_drop=shares.audio,
+                video_token_id=layout.video_token_id,
+                audio_token_id=layout.audio_token_id,
+            )
+            return result
+
+        def loop(sequence: tuple[Tensor, Tensor, Tensor] = on_device) -> Tensor:
+            return chunk_loop(
+                *sequence,
+                selector=selector,
+                shares=shares,
+                video_token_id=layout.video_token_id,
+                audio_token_id=layout.audio_token_id,
+            )
+
+        same = float((ours().keep_mask == loop()).double().mean())
+        with _no_waiting(device):
+            ours()
+        rounds = max(2, sizes.rounds // 4)
+        times = alternately({"ours": ours, "loop": loop}, device, rounds)
+        queued = behind_other_work(ours, device, sizes.rounds)
+        costs.append((chunks, queued, times["loop"]))
+        part = f"compression, {len(ids):,} tokens"
+        note = f"{chunks} chunks of {2 * sizes.side**2}; {same:.4%} of decisions alike"
+        report(f"{part}: behind the towers", queued, times["loop"], note)
+        report(f"{part}: alone, with its plan", times["ours"], times["loop"])
+    (few, ours_few, loop_few), (many, ours_many, loop_many) = costs[0], costs[-1]
+    for name, low, high in (("ours", ours_few, ours_many), ("loop", loop_few, loop_many)):
+        added = (high.median_ms - low.median_ms) / (many - few)
+        print(f"| one more chunk, {few} to {many}: {name} | {added:.4f} ms | | | |")
+
+
+def _clip(sizes: Sizes, seed: int) -> Clip:
+    generator = torch.Generator().manual_seed(seed)
+    size = (2 * sizes.grids, sizes.side * FACTOR, sizes.side * FACTOR, 3)
+    return Clip(
+        frames=torch.randint(0, 256, size, dtype=torch.uint8, generator=generator),
+        audio=torch.randn(sizes.grids * SAMPLE_RATE, generator=generator) * 0.1,
+        fps=2.0,
+    )
+
+
+def measure_towers(model: Any, sizes: Sizes) -> None:
+    """Measure the packed towers against the stock ones, then a whole video and its memory."""
+    stock, packed = Backbone(model, towers="stock"), Backbone(model)
+    # Both round to 16 bits in their own order; float32 says which of them is nearer.
+    exact = Backbone(copy.deepcopy(model).float(), towers="stock")
+    device = stock.device
+    clips = [_clip(sizes, seed) for seed in range(4)]
+    rounds = max(2, sizes.rounds // 4)
+    frames, audio = [clips[0].frames], [clips[0].audio]
+    # Before the first packed run: packing lends the stock modules its better aligned weights.
+    alone = alternately(
+        {
+            "video": lambda: stock.encode_video(frames),
+            "audio": lambda: stock.encode_audio(audio),
+        },
+        device,
+        rounds,
+    )
+    for kind, media in (("video", frames), ("audio", audio)):
+        encode = "encode_" + kind
+        [wanted] = getattr(stock, encode)(media)
+        settle(device)
+        start = time.perf_counter()
+        [actual] = getattr(packed, encode)(media)
+        settle(device)
+        seconds = time.perf_counter() - start
+        short = [media[0][: max(2, len(media[0]) // 16)]]
+        [right] = getattr(exact, encode)(short)
+        errors = [
+            relative_error(getattr(tower, encode)(short)[0], right) for tower in (packed, stock)
+        ]
+        note = (
+            f"from stock {relative_error(actual, wanted):.1e}; from float32 {errors[0]:.1e}, "
+            f"stock {errors[1]:.1e}; first call {seconds:.0f} s"
+        )
+        call = alternately({kind: partial(getattr(packed, encode), media)}, device, rounds)
+        report(f"{kind} tower, {sizes.grids} s", call[kind], alone[kind], note)
+    several = alternately(
+        {"four": lambda: packed.encode_video([clip.frames for clip in clips])}, device, rounds
+    )
+    report("vision tower, 4 videos in one call", several["four"], None)
+    _measure_whole(packed, clips, rounds)
+
+
+def _measure_whole(backbone: Backbone, clips: list[Clip], rounds: int) -> None:
+    device = backbone.device
+    selector = AudioSelector(backbone.width).requires_grad_(requires_grad=False)
+    compressor = VideoCompressor(backbone, selector, drop_shares(RETAIN))
+    gibibytes = ""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        weights = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        compressor(clips[:1])
+        one = torch.cuda.max_memory_allocated(device) - weights
+        compressor(clips)
+        four = torch.cuda.max_memory_allocated(device) - weights
+        gibibytes = f"peak above the weights {one / 2**30:.2f} GiB, four at once {four / 2**30:.2f}"
+    whole = alternately({"one": lambda: compressor(clips[:1])}, device, rounds)
+    report("frames and sound to kept tokens", whole["one"], None, gibibytes)
+
+
+@torch.inference_mode()
+def measure_prefill(model: Any, sizes: Sizes) -> None:
+    """Measure the LLM over the kept tokens against stock, and against no compression."""
+    device, width = model.device, model.config.text_config.hidden_size
+
+    def inputs(num_tokens: int) -> tuple[Tensor, Tensor]:
+        embeds = torch.randn(1, num_tokens, width, device=device, dtype=model.dtype)
+        return embeds, torch.arange(num_tokens, device=device).expand(3, 1, -1)
+
+    kept, full = inputs(sizes.kept_tokens), inputs(4 * sizes.kept_tokens)
+    rounds = max(2, sizes.rounds // 4)
+
+    def stock() -> Tensor:
+        output = model(inputs_embeds=kept[0], position_ids=kept[1], use_cache=True)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    wanted = stock()
+    alone = alternately({"kept": stock, "full": lambda: prefill(model, *full)}, device, rounds)
+    if device.type == "cuda":
+        compile_decoder(model)
+    logits, _ = prefill(model, *kept)
+    ours = alternately({"kept": lambda: prefill(model, *kept)}, device, rounds)["kept"]
+    part = f"prefill, {sizes.kept_tokens:,} kept tokens"
+    report(part, ours, alone["kept"], f"relative error {relative_error(logits, wanted):.1e}")
+    report(part, ours, alone["full"], f"against all {4 * sizes.kept_tokens:,}, not compiled")
+
+
+def machine(device: torch.device) -> str:
+    """Return what the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return (
+        f"{name or platform.machine()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tiny model on any machine")
+    parser.add_argument(
+        "--parts", nargs="+", default=["compression", "towers", "prefill"], help="what to measure"
+    )
+    options = parser.parse_args(arguments)
+    if options.quick:
+        sizes = Sizes(tiny_config(), 4, 2, (1, 4), 64, rounds=2)
+        device = torch.device("cpu")
+    else:
+        sizes = Sizes(published_config(), 128, 16, (8, 64, 512), 9216, rounds=20)
+        device = torch.device("cuda")
+    print(f"{machine(device)}; median of {sizes.rounds} runs or a quarter of them (range)\n")
+    print("| part | ours | alternative | factor | |\n|---|---|---|---|---|")
+    llm_layers = sizes.config.text_config.num_hidden_layers
+    model = random_model(sizes.config, device, llm_layers=0)
+    if "compression" in options.parts:
+        measure_compression(Backbone(model), sizes)
+    if "towers" in options.parts:
+        measure_towers(model, sizes)
+    del model
+    if "prefill" in options.parts:
+        gc.collect()
+        measure_prefill(random_model(sizes.config, device, llm_layers=llm_layers), sizes)
+
+
+if __name__ == "__main__":
+    main()
