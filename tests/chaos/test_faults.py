@@ -272,6 +272,7 @@ def test_a_store_that_breaks_its_answers(
         runs = _mend(night, expected)
         faults = proxy.counts.total() - proxy.counts[""]
         total = proxy.counts.total()
-    assert faults > 0.5 * total * (shares.busy + shares.reset + shares.cut)
+    # Of about 100 requests a share of 10 % hits 10 give or take 6: only none would be a fault.
+    assert 0 < faults < total
     assert night.faults() == []
     record_property(*_table_line(f"{name} ({faults} of {total})", runs, expected, start))
