@@ -53,7 +53,9 @@ class Answer:
         batch: list[tuple[dict[str, Any], Prompt]] = []
         for video in videos:
             asked = video["prompts"] if video["error_type"] is None else []
-            answers.append([{"prompt_id": prompt["prompt_id"]} for prompt in asked])
+            # The uri is for error messages; rows.ANSWERED has no place for it in an answer.
+            named = {"uri": video["uri"]}
+            answers.append([{**named, "prompt_id": prompt["prompt_id"]} for prompt in asked])
             batch += self._prompts(video, asked, answers[-1])
         self._answer(batch)
         spent = (time.perf_counter() - start) / max(1, len(batch))
@@ -96,8 +98,9 @@ class Answer:
                 answer, prompt = batch[0]
                 answer["error_type"] = "out_of_memory"
                 answer["error_message"] = (
-                    f"a prompt of {len(prompt)} tokens does not fit the GPU; lower "
-                    "compression.retain or give the actor more of the GPU (pools.answer_gpus)"
+                    f"{answer['uri']}, prompt {answer['prompt_id']}: {len(prompt)} tokens do "
+                    "not fit the GPU; lower compression.retain or give the actor more of the GPU "
+                    "(pools.answer_gpus)"
                 )
                 return
             half = len(batch) // 2
