@@ -45,11 +45,11 @@ class Backbone:
 
     @cached_property
     def _packed_vision(self) -> VisionTower:
-        return VisionTower(_inner(self.model).visual)
+        return VisionTower(inner(self.model).visual)
 
     @cached_property
     def _packed_audio(self) -> AudioTower:
-        return AudioTower(_inner(self.model).audio_tower)
+        return AudioTower(inner(self.model).audio_tower)
 
     @torch.inference_mode()
     def encode_video(self, clips: Sequence[Tensor]) -> list[Tensor]:
@@ -128,6 +128,7 @@ class Backbone:
         return hidden
 
 
-def _inner(model: Any) -> Any:
+def inner(model: Any) -> Any:
+    """Return the module that holds the towers of a thinker."""
     # transformers moved the towers one module down between 5.17 and 5.23.
     return model if hasattr(model, "visual") else model.model

@@ -81,6 +81,12 @@ def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.permute(0, 2, 3, 1).contiguous()
 
 
+def normalise(frames: Tensor) -> Tensor:
+    """Return frames in [0, 1], [B, 3, T, H, W], with the mean and deviation of `patchify`'s."""
+    mean, std = (torch.tensor(value, device=frames.device) for value in (_MEAN, _STD))
+    return (frames - mean[:, None, None, None]) / std[:, None, None, None]
+
+
 def patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """Normalise uint8 [T, H, W, 3] and cut it into the vision tower's patches.
 
@@ -124,18 +130,18 @@ def num_mel_frames(num_samples: int) -> int:
 
 
 def log_mel(waveform: Tensor) -> Tensor:
-    """Return the log-mel spectrogram, float32 [128, F], of float32 [N] at 16 kHz.
+    """Return the log-mel spectrogram, float32 [..., 128, F], of float32 [..., N] at 16 kHz.
 
     Equal to Whisper's extractor with 128 bins padded to 300 s and trimmed to the sound, without
     computing the padding: behind the sound only the window's reach of zeros is transformed.
     """
-    waveform = waveform.float()[:_MAX_SAMPLES]
-    frames = num_mel_frames(waveform.shape[0])
+    waveform = waveform.float()[..., :_MAX_SAMPLES]
+    frames = num_mel_frames(waveform.shape[-1])
     padded = min((frames + 1) * _HOP + _FFT, _MAX_SAMPLES)
-    waveform = torch.nn.functional.pad(waveform, (0, padded - waveform.shape[0]))
+    waveform = torch.nn.functional.pad(waveform, (0, padded - waveform.shape[-1]))
     window = torch.hann_window(_FFT, device=waveform.device)
     spectrum = torch.stft(waveform, _FFT, _HOP, window=window, return_complex=True)
-    power = (spectrum[:, :-1].abs() ** 2).contiguous()
+    power = (spectrum[..., :-1].abs() ** 2).contiguous()
     log_power = torch.clamp(_mel_filters().to(waveform.device).T @ power, min=1e-10).log10()
-    log_power = torch.maximum(log_power, log_power.max() - 8.0)
-    return ((log_power + 4.0) / 4.0)[:, :frames]
+    log_power = torch.maximum(log_power, log_power.amax((-2, -1), keepdim=True) - 8.0)
+    return ((log_power + 4.0) / 4.0)[..., :frames]

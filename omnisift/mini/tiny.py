@@ -123,11 +123,12 @@ def write_tiny_model(folder: Path, *, seed: int = 0, selector: bool = False) -> 
         "thinker_config": config.to_dict(),
     }
     (folder / "config.json").write_text(json.dumps(full, indent=2))
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-def _tokenizer() -> Qwen2Tokenizer:
+def byte_tokenizer() -> Qwen2Tokenizer:
+    """Return a tokenizer of bytes and the special tokens of Omni."""
     alphabet = sorted(ByteLevel.alphabet())
     return Qwen2Tokenizer(
         vocab={symbol: index for index, symbol in enumerate(alphabet + list(_SPECIAL_TOKENS))},

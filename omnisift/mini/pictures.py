@@ -1,0 +1,237 @@
+"""Draw scenes: frames of many scenes at once, on whatever device, and what each token shows.
+
+Shapes: B scenes, T frames, K objects, E events, H = W = side.
+"""
+
+from collections.abc import Sequence
+from math import tau
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnisift.mini.world import ACTION_S, ACTIONS, PATTERNS, SHAPES, SIDE, Scene
+
+MAX_THINGS = 5
+MAX_EVENTS = 8
+_RGB = {
+    "red": (215, 35, 35),
+    "green": (30, 170, 50),
+    "blue": (45, 70, 230),
+    "yellow": (235, 220, 40),
+    "pink": (240, 90, 200),
+    "cyan": (50, 210, 220),
+    "orange": (245, 135, 25),
+    "white": (240, 240, 240),
+}
+_NUM_WAVES = 4  # of the texture
+_NEVER = 1e6
+
+
+class ScenePlan(NamedTuple):
+    """What is drawn, as tensors; rows are padded with objects of radius 0 and events that are never."""
+
+    colour: Tensor  # [B, K, 3], 0..1
+    shape: Tensor  # [B, K] index in SHAPES
+    radius: Tensor  # [B, K]
+    home: Tensor  # [B, K, 2]
+    sway: Tensor  # [B, K, 2]
+    sway_s: Tensor  # [B, K]
+    event_thing: Tensor  # [B, E]
+    event_action: Tensor  # [B, E] index in ACTIONS
+    event_start: Tensor  # [B, E]
+    event_move: Tensor  # [B, E, 2] where it goes at the height of the action
+    ground: Tensor  # [B, 3]
+    pattern: Tensor  # [B] index in PATTERNS
+    pattern_wave: Tensor  # [B, 3]: period, angle, phase
+    texture: Tensor  # [B, waves, 4]: kx, ky, phase, amplitude
+    jitter: Tensor  # [B, 2, 3]: amplitude, period, phase for x and y
+    drift: Tensor  # [B, 3]: amplitude, period, phase of the brightness
+
+
+def plan_pictures(scenes: Sequence[Scene]) -> ScenePlan:
+    """Gather the scenes' facts, and what their seeds say of texture, jitter and brightness."""
+    rows = [_row(scene) for scene in scenes]
+    return ScenePlan(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+
+def _row(scene: Scene) -> list[np.ndarray]:
+    chance = np.random.default_rng(scene.texture_seed)
+    things, events = scene.things, scene.events
+
+    def column(values: list[object], size: int, fill: object, kind: type) -> np.ndarray:
+        return np.array(values + [fill] * (size - len(values)), dtype=kind)
+
+    moves: list[object] = []
+    for event in events:
+        thing, other = things[event.thing], things[event.towards]
+        move = (0.0, 0.0)
+        if event.action == "jumps":
+            move = (0.0, -0.13 * SIDE)
+        elif event.action == "collides":
+            way = np.subtract(other.home, thing.home)
+            length = float(np.linalg.norm(way))
+            reach = max(0.0, length - 0.9 * (thing.radius + other.radius)) / max(length, 1.0)
+            move = (float(way[0] * reach), float(way[1] * reach))
+        moves.append(move)
+    f4, i8 = np.float32, np.int64
+    jitter = chance.random() < 0.5
+    return [
+        column([np.divide(_RGB[thing.colour], 255) for thing in things], MAX_THINGS, (0,) * 3, f4),
+        column([SHAPES.index(thing.shape) for thing in things], MAX_THINGS, 0, i8),
+        column([thing.radius for thing in things], MAX_THINGS, 0.0, f4),
+        column([thing.home for thing in things], MAX_THINGS, (0.0, 0.0), f4),
+        column([thing.sway for thing in things], MAX_THINGS, (0.0, 0.0), f4),
+        column([thing.sway_s for thing in things], MAX_THINGS, 1.0, f4),
+        column([event.thing for event in events], MAX_EVENTS, 0, i8),
+        column([ACTIONS.index(event.action) for event in events], MAX_EVENTS, 0, i8),
+        column([event.start_s for event in events], MAX_EVENTS, _NEVER, f4),
+        column(moves, MAX_EVENTS, (0.0, 0.0), f4),
+        chance.uniform(0.22, 0.5, 3).astype(f4),
+        np.array(PATTERNS.index(scene.pattern), dtype=i8),
+        np.array(
+            [chance.uniform(18, 26), chance.uniform(0, tau), chance.uniform(0, tau)], dtype=f4
+        ),
+        np.stack(
+            [
+                *chance.uniform(-tau / 40, tau / 40, (2, _NUM_WAVES)),
+                chance.uniform(0, tau, _NUM_WAVES),
+                chance.uniform(0.005, 0.02, _NUM_WAVES),
+            ],
+            axis=1,
+        ).astype(f4),
+        np.array(
+            [[jitter * chance.uniform(0.3, 1.2), chance.uniform(0.7, 3), chance.uniform(0, tau)]] * 2,
+            dtype=f4,
+        ),
+        np.array(
+            [chance.uniform(0, 0.06), chance.uniform(6, 30), chance.uniform(0, tau)], dtype=f4
+        ),
+    ]
+
+
+def draw(plan: ScenePlan, times: Tensor, *, side: int = SIDE) -> tuple[Tensor, Tensor]:
+    """Draw the scenes at `times` [T] seconds.
+
+    Returns the frames, float in [0, 1], [B, 3, T, H, W], and which object each pixel shows,
+    int8 [B, T, H, W] (-1: none). A pixel of an object that flashes counts as its.
+    """
+    axis = (torch.arange(side, device=times.device) + 0.5) * (SIDE / side)
+    wave = plan.jitter[:, :, None, 0] * torch.sin(
+        tau * times / plan.jitter[:, :, None, 1] + plan.jitter[:, :, None, 2]
+    )  # [B, 2, T]
+    x = axis + wave[:, 0, :, None]  # [B, T, W], where the camera looks
+    y = axis + wave[:, 1, :, None]
+    frames = _ground(plan, x, y)
+    owner = torch.full(
+        (len(plan.radius), len(times), side, side), -1, dtype=torch.int8, device=times.device
+    )
+    poses = _poses(plan, times)
+    for thing in range(plan.radius.shape[1]):
+        frames, owner = _add_thing(frames, owner, plan, poses, thing, x, y)
+    light = 1 + plan.drift[:, None, 0] * torch.sin(
+        tau * times / plan.drift[:, None, 1] + plan.drift[:, None, 2]
+    )
+    return (frames * light[:, None, :, None, None]).clamp(0, 1), owner
+
+
+def _ground(plan: ScenePlan, x: Tensor, y: Tensor) -> Tensor:
+    """Return the background [B, 3, T, H, W]."""
+    across, down = x[:, :, None, :], y[:, :, :, None]
+    period, angle, phase = plan.pattern_wave[:, :, None, None, None].unbind(1)
+    k = tau / period
+    along = k * (angle.cos() * across + angle.sin() * down) + phase
+    stripes = along.sin().sign()
+    dots = ((k * across).sin() * (k * down).sin() > 0.35).float() * 2 - 0.6
+    checks = ((k * 0.7 * across).sin() * (k * 0.7 * down).sin()).sign()
+    kind = plan.pattern[:, None, None, None]
+    figure = torch.where(kind == PATTERNS.index("striped"), stripes, torch.zeros_like(stripes))
+    figure = torch.where(kind == PATTERNS.index("dotted"), dots, figure)
+    figure = torch.where(kind == PATTERNS.index("checked"), checks, figure)
+    texture = torch.zeros_like(figure)
+    for wave in plan.texture[..., None, None, None].unbind(1):
+        kx, ky, shift, amplitude = wave.unbind(1)
+        texture = texture + amplitude * (kx * across + ky * down + shift).sin()
+    return plan.ground[:, :, None, None, None] + (0.07 * figure + texture)[:, None]
+
+
+class _Poses(NamedTuple):
+    x: Tensor  # [B, K, T]
+    y: Tensor
+    scale: Tensor
+    visible: Tensor
+    glow: Tensor
+
+
+def _poses(plan: ScenePlan, times: Tensor) -> _Poses:
+    phase = (times - plan.event_start[:, :, None]) / ACTION_S  # [B, E, T]
+    height = torch.minimum(4 * torch.minimum(phase, 1 - phase), torch.ones(())).clamp(min=0)
+    things = torch.arange(plan.radius.shape[1], device=times.device)
+    mine = (plan.event_thing[:, :, None] == things).float()  # [B, E, K]
+    strength = {
+        action: height * (plan.event_action == index)[:, :, None]
+        for index, action in enumerate(ACTIONS)
+    }
+
+    def of_things(value_BET: Tensor) -> Tensor:
+        return torch.einsum("bet,bek->bkt", value_BET, mine)
+
+    moved = strength["jumps"] + strength["collides"]
+    shift = [of_things(moved * plan.event_move[:, :, None, i]) for i in (0, 1)]
+    missing = ((phase < 0) & (plan.event_action == ACTIONS.index("appears"))[:, :, None]).float()
+    missing = missing * (plan.event_start < _NEVER)[:, :, None]
+    angle = torch.sin(tau * times / plan.sway_s[:, :, None])
+    return _Poses(
+        x=plan.home[:, :, None, 0] + plan.sway[:, :, None, 0] * angle + shift[0],
+        y=plan.home[:, :, None, 1] + plan.sway[:, :, None, 1] * angle + shift[1],
+        scale=1 + 0.55 * of_things(strength["grows"]),
+        visible=(1 - of_things(strength["vanishes"]) - of_things(missing)).clamp(0, 1),
+        glow=of_things(strength["flashes"]),
+    )
+
+
+def _add_thing(
+    frames: Tensor,
+    owner: Tensor,
+    plan: ScenePlan,
+    poses: _Poses,
+    thing: int,
+    x: Tensor,
+    y: Tensor,
+) -> tuple[Tensor, Tensor]:
+    radius = (plan.radius[:, thing, None] * poses.scale[:, thing])[:, :, None, None]  # [B, T, 1, 1]
+    dx = x[:, :, None, :] - poses.x[:, thing, :, None, None]
+    dy = y[:, :, :, None] - poses.y[:, thing, :, None, None]
+    edge = _edge(plan.shape[:, thing, None, None, None], dx, dy, radius)
+    there = (plan.radius[:, thing] > 0)[:, None, None, None] * poses.visible[:, thing, :, None, None]
+    alpha = (0.5 - edge).clamp(0, 1) * there
+    glow = poses.glow[:, thing, :, None, None]
+    # A flash: a white halo round a darkened object.
+    away = (dx**2 + dy**2).sqrt()
+    halo = (1 - ((away - 1.25 * radius).abs() / 5)).clamp(0, 1) * glow * there
+    colour = plan.colour[:, thing, :, None, None, None] * (1 - 0.55 * glow[:, None])
+    frames = frames + halo[:, None] * (1 - frames)
+    frames = frames + alpha[:, None] * (colour - frames)
+    covered = (alpha > 0.5) | (halo > 0.5)
+    return frames, torch.where(covered, thing, owner)
+
+
+def _edge(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
+    """Return the signed distance to the outline, negative inside."""
+    ax, ay = dx.abs(), dy.abs()
+    away = (dx**2 + dy**2).sqrt()
+    bar = torch.maximum(ax - radius, ay - 0.33 * radius)
+    post = torch.maximum(ax - 0.33 * radius, ay - radius)
+    outlines = {
+        "circle": away - radius,
+        "square": torch.maximum(ax, ay) - 0.88 * radius,
+        "triangle": torch.maximum(0.866 * ax + 0.5 * dy, -dy) - 0.55 * radius - 0.1 * dy,
+        "ring": (away - 0.75 * radius).abs() - 0.25 * radius,
+        "cross": torch.minimum(bar, post),
+    }
+    edge = outlines["circle"]
+    for index, name in enumerate(SHAPES):
+        edge = torch.where(shape == index, outlines[name], edge)
+    return edge
+
