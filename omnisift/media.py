@@ -82,9 +82,9 @@ def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def normalise(frames: Tensor) -> Tensor:
-    """Return frames in [0, 1], [B, 3, T, H, W], with the mean and deviation of `patchify`'s."""
+    """Return frames in [0, 1], [..., 3, H, W], centred and scaled as `patchify` does."""
     mean, std = (torch.tensor(value, device=frames.device) for value in (_MEAN, _STD))
-    return (frames - mean[:, None, None, None]) / std[:, None, None, None]
+    return (frames - mean[:, None, None]) / std[:, None, None]
 
 
 def patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

@@ -32,7 +32,7 @@ METHODS = {
     "omnisift_audio_only": Method(selector=True),
     "omnisift_random_audio": Method(video_keys=True),
 }
-_DECIDERS = {
+DECIDERS = {
     "omnisift": COMPLETE,
     "omnisift_no_spatial": Deciders(spatial=False),
     "omnisift_no_temporal": Deciders(temporal=False),
@@ -128,6 +128,6 @@ def compress_with(
                 audio_drop=audio_drop,
                 video_token_id=video_token_id,
                 audio_token_id=audio_token_id,
-                deciders=_DECIDERS[method],
+                deciders=DECIDERS[method],
                 video_keys=video_keys or (),
             )

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnisift.mini.world import ACTION_S, ACTIONS, PATTERNS, SHAPES, SIDE, Scene
+from omnisift.mini.fused import fused
+from omnisift.mini.world import ACTION_S, ACTIONS, COLOURS, PATTERNS, SHAPES, SIDE, Scene
 
 MAX_THINGS = 5
 MAX_EVENTS = 8
@@ -30,9 +31,9 @@ _NEVER = 1e6
 
 
 class ScenePlan(NamedTuple):
-    """What is drawn, as tensors; rows are padded with objects of radius 0 and events that are never."""
+    """What is drawn, as tensors; padded with objects of radius 0 and events that never are."""
 
-    colour: Tensor  # [B, K, 3], 0..1
+    colour: Tensor  # [B, K] index in COLOURS
     shape: Tensor  # [B, K] index in SHAPES
     radius: Tensor  # [B, K]
     home: Tensor  # [B, K, 2]
@@ -78,7 +79,7 @@ def _row(scene: Scene) -> list[np.ndarray]:
     f4, i8 = np.float32, np.int64
     jitter = chance.random() < 0.5
     return [
-        column([np.divide(_RGB[thing.colour], 255) for thing in things], MAX_THINGS, (0,) * 3, f4),
+        column([COLOURS.index(thing.colour) for thing in things], MAX_THINGS, 0, i8),
         column([SHAPES.index(thing.shape) for thing in things], MAX_THINGS, 0, i8),
         column([thing.radius for thing in things], MAX_THINGS, 0.0, f4),
         column([thing.home for thing in things], MAX_THINGS, (0.0, 0.0), f4),
@@ -102,7 +103,8 @@ def _row(scene: Scene) -> list[np.ndarray]:
             axis=1,
         ).astype(f4),
         np.array(
-            [[jitter * chance.uniform(0.3, 1.2), chance.uniform(0.7, 3), chance.uniform(0, tau)]] * 2,
+            [[jitter * chance.uniform(0.3, 1.2), chance.uniform(0.7, 3), chance.uniform(0, tau)]]
+            * 2,
             dtype=f4,
         ),
         np.array(
@@ -114,46 +116,69 @@ def _row(scene: Scene) -> list[np.ndarray]:
 def draw(plan: ScenePlan, times: Tensor, *, side: int = SIDE) -> tuple[Tensor, Tensor]:
     """Draw the scenes at `times` [T] seconds.
 
-    Returns the frames, float in [0, 1], [B, 3, T, H, W], and which object each pixel shows,
+    Returns the frames, float in [0, 1], [B, T, 3, H, W], and which object each pixel shows,
     int8 [B, T, H, W] (-1: none). A pixel of an object that flashes counts as its.
     """
+    batch, num = len(plan.radius), len(times)
     axis = (torch.arange(side, device=times.device) + 0.5) * (SIDE / side)
-    wave = plan.jitter[:, :, None, 0] * torch.sin(
-        tau * times / plan.jitter[:, :, None, 1] + plan.jitter[:, :, None, 2]
-    )  # [B, 2, T]
-    x = axis + wave[:, 0, :, None]  # [B, T, W], where the camera looks
-    y = axis + wave[:, 1, :, None]
-    frames = _ground(plan, x, y)
-    owner = torch.full(
-        (len(plan.radius), len(times), side, side), -1, dtype=torch.int8, device=times.device
+    jitter = plan.jitter[:, :, :, None]
+    wave = jitter[:, :, 0] * torch.sin(tau * times / jitter[:, :, 1] + jitter[:, :, 2])  # [B, 2, T]
+    # From here on a row is a frame: as many of them in short clips as in fewer long ones.
+    x, y = ((axis + wave[:, side_of, :, None]).flatten(0, 1) for side_of in (0, 1))  # [B T, side]
+
+    def of_frames(value: Tensor) -> Tensor:
+        return value.repeat_interleave(num, dim=0)
+
+    frames = _ground(
+        x,
+        y,
+        *(
+            of_frames(value)
+            for value in (plan.ground, plan.pattern, plan.pattern_wave, plan.texture)
+        ),
     )
+    owner = torch.full((batch * num, side, side), -1, dtype=torch.int8, device=times.device)
     poses = _poses(plan, times)
+    colours = torch.tensor([_RGB[name] for name in COLOURS], device=times.device) / 255
     for thing in range(plan.radius.shape[1]):
-        frames, owner = _add_thing(frames, owner, plan, poses, thing, x, y)
-    light = 1 + plan.drift[:, None, 0] * torch.sin(
-        tau * times / plan.drift[:, None, 1] + plan.drift[:, None, 2]
-    )
-    return (frames * light[:, None, :, None, None]).clamp(0, 1), owner
+        shape, radius, paint = (
+            of_frames(value)
+            for value in (
+                plan.shape[:, thing],
+                plan.radius[:, thing],
+                colours[plan.colour[:, thing]],
+            )
+        )
+        pose = torch.stack([value[:, thing].flatten() for value in poses])
+        number = torch.full((1,), thing, dtype=torch.int8, device=times.device)
+        frames, owner = _add_thing(frames, owner, x, y, shape, radius, paint, pose, number)
+    drift = plan.drift[:, :, None]
+    light = 1 + drift[:, 0] * torch.sin(tau * times / drift[:, 1] + drift[:, 2])
+    frames = (frames * light.flatten()[:, None, None, None]).clamp(0, 1)
+    return frames.unflatten(0, (batch, num)), owner.unflatten(0, (batch, num))
 
 
-def _ground(plan: ScenePlan, x: Tensor, y: Tensor) -> Tensor:
-    """Return the background [B, 3, T, H, W]."""
-    across, down = x[:, :, None, :], y[:, :, :, None]
-    period, angle, phase = plan.pattern_wave[:, :, None, None, None].unbind(1)
+@fused
+def _ground(
+    x: Tensor, y: Tensor, ground: Tensor, pattern: Tensor, pattern_wave: Tensor, waves: Tensor
+) -> Tensor:
+    """Return the background [F, 3, H, W] of F frames."""
+    across, down = x[:, None, :], y[:, :, None]
+    period, angle, phase = pattern_wave[:, :, None, None].unbind(1)
     k = tau / period
     along = k * (angle.cos() * across + angle.sin() * down) + phase
     stripes = along.sin().sign()
     dots = ((k * across).sin() * (k * down).sin() > 0.35).float() * 2 - 0.6
     checks = ((k * 0.7 * across).sin() * (k * 0.7 * down).sin()).sign()
-    kind = plan.pattern[:, None, None, None]
+    kind = pattern[:, None, None]
     figure = torch.where(kind == PATTERNS.index("striped"), stripes, torch.zeros_like(stripes))
     figure = torch.where(kind == PATTERNS.index("dotted"), dots, figure)
     figure = torch.where(kind == PATTERNS.index("checked"), checks, figure)
     texture = torch.zeros_like(figure)
-    for wave in plan.texture[..., None, None, None].unbind(1):
+    for wave in waves[..., None, None].unbind(1):
         kx, ky, shift, amplitude = wave.unbind(1)
         texture = texture + amplitude * (kx * across + ky * down + shift).sin()
-    return plan.ground[:, :, None, None, None] + (0.07 * figure + texture)[:, None]
+    return ground[:, :, None, None] + (0.07 * figure + texture)[:, None]
 
 
 class _Poses(NamedTuple):
@@ -166,7 +191,8 @@ class _Poses(NamedTuple):
 
 def _poses(plan: ScenePlan, times: Tensor) -> _Poses:
     phase = (times - plan.event_start[:, :, None]) / ACTION_S  # [B, E, T]
-    height = torch.minimum(4 * torch.minimum(phase, 1 - phase), torch.ones(())).clamp(min=0)
+    # Up, held for half of the time, down again.
+    height = (4 * torch.minimum(phase, 1 - phase)).clamp(0, 1)
     things = torch.arange(plan.radius.shape[1], device=times.device)
     mine = (plan.event_thing[:, :, None] == things).float()  # [B, E, K]
     strength = {
@@ -191,30 +217,35 @@ def _poses(plan: ScenePlan, times: Tensor) -> _Poses:
     )
 
 
+@fused
 def _add_thing(
     frames: Tensor,
     owner: Tensor,
-    plan: ScenePlan,
-    poses: _Poses,
-    thing: int,
     x: Tensor,
     y: Tensor,
+    shape: Tensor,
+    radius: Tensor,
+    paint: Tensor,
+    pose: Tensor,
+    number: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    radius = (plan.radius[:, thing, None] * poses.scale[:, thing])[:, :, None, None]  # [B, T, 1, 1]
-    dx = x[:, :, None, :] - poses.x[:, thing, :, None, None]
-    dy = y[:, :, :, None] - poses.y[:, thing, :, None, None]
-    edge = _edge(plan.shape[:, thing, None, None, None], dx, dy, radius)
-    there = (plan.radius[:, thing] > 0)[:, None, None, None] * poses.visible[:, thing, :, None, None]
-    alpha = (0.5 - edge).clamp(0, 1) * there
-    glow = poses.glow[:, thing, :, None, None]
+    """Draw object `number` of each frame; return the frames and who is seen where.
+
+    Its shape and radius [F] (0: there is none), its colour [F, 3], its pose [5, F] (`_Poses`).
+    """
+    at_x, at_y, scale, visible, glow = pose[:, :, None, None].unbind()
+    there = (radius > 0)[:, None, None] * visible
+    size = radius[:, None, None] * scale
+    dx = x[:, None, :] - at_x
+    dy = y[:, :, None] - at_y
+    alpha = (0.5 - _edge(shape[:, None, None], dx, dy, size)).clamp(0, 1) * there
     # A flash: a white halo round a darkened object.
     away = (dx**2 + dy**2).sqrt()
-    halo = (1 - ((away - 1.25 * radius).abs() / 5)).clamp(0, 1) * glow * there
-    colour = plan.colour[:, thing, :, None, None, None] * (1 - 0.55 * glow[:, None])
+    halo = (1 - ((away - 1.25 * size).abs() / 5)).clamp(0, 1) * glow * there
+    colour = paint[:, :, None, None] * (1 - 0.55 * glow[:, None])
     frames = frames + halo[:, None] * (1 - frames)
     frames = frames + alpha[:, None] * (colour - frames)
-    covered = (alpha > 0.5) | (halo > 0.5)
-    return frames, torch.where(covered, thing, owner)
+    return frames, torch.where((alpha > 0.5) | (halo > 0.5), number, owner)
 
 
 def _edge(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
@@ -234,4 +265,3 @@ def _edge(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     for index, name in enumerate(SHAPES):
         edge = torch.where(shape == index, outlines[name], edge)
     return edge
-

@@ -44,7 +44,9 @@ def caption(scene: Scene) -> str:
     for index, event in enumerate(scene.events):
         sound = heard_with.get(index)
         with_sound = f" with a {sound.noise}" if sound else ""
-        happenings.append((event.start_s, f"The {_colour(scene, event)} one {event.action}{with_sound}."))
+        happenings.append(
+            (event.start_s, f"The {_colour(scene, event)} one {event.action}{with_sound}.")
+        )
     happenings += [
         (sound.start_s, f"A {sound.noise} is heard.")
         for sound in scene.sounds
@@ -108,7 +110,9 @@ def _next_actor(scene: Scene) -> Iterator[tuple[str, str]]:
     for event, following in zip(scene.events, [*scene.events[1:], None], strict=False):
         if acts[event.thing] == 1:
             answer = _colour(scene, following) if following else "none"
-            text = f"What colour is the object that acts right after the {_colour(scene, event)} one?"
+            text = (
+                f"What colour is the object that acts right after the {_colour(scene, event)} one?"
+            )
             yield text, answer
 
 
@@ -182,7 +186,10 @@ def _silent_actor(scene: Scene) -> Iterator[tuple[str, str]]:
         if _sound_of(scene, index) is None
     ]
     if len(silent) < 2:
-        yield "What colour is the object that acts without a sound?", silent[0] if silent else "none"
+        yield (
+            "What colour is the object that acts without a sound?",
+            silent[0] if silent else "none",
+        )
 
 
 def _idle(scene: Scene) -> Iterator[tuple[str, str]]:

@@ -114,9 +114,7 @@ def _sounds(plan: SoundPlan) -> Tensor:
 
     voices: dict[Noise, Callable[[], Tensor]] = {
         "bell": lambda: (tone(880) + 0.6 * tone(2429) + 0.4 * tone(4752)) / 2 * decay(0.09),
-        "whistle": lambda: torch.sin(
-            tau * 2100 * pitch * time + 2.5 * torch.sin(tau * 30 * time)
-        ),
+        "whistle": lambda: torch.sin(tau * 2100 * pitch * time + 2.5 * torch.sin(tau * 30 * time)),
         "drum": lambda: (0.8 * sweep(190, 60) + 0.2 * hiss * decay(0.02)) * decay(0.1),
         "buzzer": lambda: tone(140).sign() * 0.7,
         "chirp": lambda: sweep(1300, 4300),

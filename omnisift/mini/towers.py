@@ -7,7 +7,7 @@ and no block over the whole of it, sound that fills the audio windows.
 Shapes: B clips, G grids, n windows of a side, D width, d width of a head.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +15,22 @@ from torch import Tensor
 
 from omnisift.backbone import inner
 from omnisift.media import FACTOR, MERGE, PATCH, TEMPORAL_PATCH, normalise
+from omnisift.mini.layers import Linear, linear, rms_norm, rotate, split_heads
 
 _WINDOW = 2  # tokens of a window's side
 
 
 def _windows(frames: Tensor) -> Tensor:
-    """Cut normalised frames [B, 3, T, H, W] into patches, [B * G * n * n, 16, 3 * 2 * 14 * 14]."""
-    batch, channels, num_frames, height, width = frames.shape
+    """Cut normalised frames [B, T, 3, H, W] into patches, [B * G * n * n, 16, 3 * 2 * 14 * 14]."""
+    batch, num_frames, channels, height, width = frames.shape
     rows, columns = height // (FACTOR * _WINDOW), width // (FACTOR * _WINDOW)
     split = frames.view(
-        *(batch, channels, num_frames // TEMPORAL_PATCH, TEMPORAL_PATCH),
+        *(batch, num_frames // TEMPORAL_PATCH, TEMPORAL_PATCH, channels),
         *(rows, _WINDOW, MERGE, PATCH),
         *(columns, _WINDOW, MERGE, PATCH),
     )
     # -> clip, grid, window, token in it, patch in that; channel, frame, y, x
-    patches = split.permute(0, 2, 4, 8, 5, 9, 6, 10, 1, 3, 7, 11)
+    patches = split.permute(0, 1, 4, 8, 5, 9, 6, 10, 3, 2, 7, 11)
     return patches.reshape(-1, (_WINDOW * MERGE) ** 2, channels * TEMPORAL_PATCH * PATCH**2)
 
 
@@ -51,30 +52,48 @@ def _rotation(visual: Any, rows: int, columns: int, device: torch.device) -> tup
     return angle.cos(), angle.sin()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+class VisionBlock(NamedTuple):
+    """The weights of a block of the vision tower."""
+
+    norm1: Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
+    norm2: Tensor
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    @classmethod
+    def of(cls, block: Any) -> "VisionBlock":
+        """Take them from transformers' module."""
+        attn, mlp = block.attn, block.mlp
+        return cls(
+            block.norm1.weight,
+            *(linear(layer) for layer in (attn.q, attn.k, attn.v, attn.proj)),
+            block.norm2.weight,
+            *(linear(layer) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+        )
 
 
-def vision_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def vision_block(w: VisionBlock, x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """Run a block of the vision tower on windows [N, 16, D]."""
-    attention = block.attn
-
-    def heads(value: Tensor) -> Tensor:
-        return value.view(*value.shape[:2], attention.num_heads, -1).transpose(1, 2)
-
-    h = block.norm1(x)
-    query, key = (_rotate(heads(layer(h)), cos, sin) for layer in (attention.q, attention.k))
-    attended = F.scaled_dot_product_attention(query, key, heads(attention.v(h)))
-    x = x + attention.proj(attended.transpose(1, 2).flatten(2))
-    out: Tensor = x + block.mlp(block.norm2(x))
-    return out
+    h = rms_norm(x, w.norm1)
+    query, key = (
+        rotate(split_heads(F.linear(h, *w_qk), num_heads), cos, sin) for w_qk in (w.q, w.k)
+    )
+    value = split_heads(F.linear(h, *w.v), num_heads)
+    attended = F.scaled_dot_product_attention(query, key, value)
+    x = x + F.linear(attended.transpose(1, 2).flatten(2), *w.out)
+    h = rms_norm(x, w.norm2)
+    return x + F.linear(F.silu(F.linear(h, *w.gate)) * F.linear(h, *w.up), *w.down)
 
 
 def encode_frames(model: Any, frames: Tensor) -> Tensor:
-    """Return the video tokens [B, G, rows * columns, D] of frames in [0, 1], [B, 3, T, H, W]."""
+    """Return the video tokens [B, G, rows * columns, D] of frames in [0, 1], [B, T, 3, H, W]."""
     visual = inner(model).visual
-    batch, _, num_frames, height, width = frames.shape
+    batch, num_frames, _, height, width = frames.shape
     rows, columns = height // (FACTOR * _WINDOW), width // (FACTOR * _WINDOW)
     patches = _windows(normalise(frames))
     x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
@@ -82,28 +101,48 @@ def encode_frames(model: Any, frames: Tensor) -> Tensor:
     repeats = x.shape[0] // (rows * columns)
     cos, sin = cos.repeat(repeats, 1, 1, 1).to(x.dtype), sin.repeat(repeats, 1, 1, 1).to(x.dtype)
     for block in visual.blocks:
-        x = vision_block(block, x, cos, sin)
+        x = vision_block(VisionBlock.of(block), x, cos, sin, block.attn.num_heads)
     merged = visual.merger(x.reshape(-1, x.shape[-1]))
     grids = num_frames // TEMPORAL_PATCH
     tokens = merged.view(batch, grids, rows, columns, _WINDOW, _WINDOW, -1)
     return tokens.transpose(3, 4).reshape(batch, grids, rows * columns * _WINDOW**2, -1)
 
 
-def audio_layer(layer: Any, x: Tensor) -> Tensor:
+class AudioLayer(NamedTuple):
+    """The weights of a layer of the audio tower."""
+
+    norm1: Linear
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
+    norm2: Linear
+    up: Linear
+    down: Linear
+
+    @classmethod
+    def of(cls, layer: Any) -> "AudioLayer":
+        """Take them from transformers' module."""
+        attn = layer.self_attn
+        return cls(
+            *(
+                linear(part)
+                for part in (
+                    *(layer.self_attn_layer_norm, attn.q_proj, attn.k_proj, attn.v_proj),
+                    *(attn.out_proj, layer.final_layer_norm, layer.fc1, layer.fc2),
+                )
+            )
+        )
+
+
+def audio_layer(w: AudioLayer, x: Tensor, num_heads: int) -> Tensor:
     """Run a layer of the audio tower on windows [N, frames, D]."""
-    attention = layer.self_attn
-
-    def heads(value: Tensor) -> Tensor:
-        return value.view(*value.shape[:2], attention.num_heads, -1).transpose(1, 2)
-
-    h = layer.self_attn_layer_norm(x)
-    attended = F.scaled_dot_product_attention(
-        heads(attention.q_proj(h)), heads(attention.k_proj(h)), heads(attention.v_proj(h))
-    )
-    x = x + attention.out_proj(attended.transpose(1, 2).flatten(2))
-    h = layer.fc1(layer.final_layer_norm(x))
-    out: Tensor = x + layer.fc2(layer.activation_fn(h))
-    return out
+    h = F.layer_norm(x, x.shape[-1:], *w.norm1)
+    query, key, value = (split_heads(F.linear(h, *part), num_heads) for part in (w.q, w.k, w.v))
+    attended = F.scaled_dot_product_attention(query, key, value)
+    x = x + F.linear(attended.transpose(1, 2).flatten(2), *w.out)
+    h = F.layer_norm(x, x.shape[-1:], *w.norm2)
+    return x + F.linear(F.gelu(F.linear(h, *w.up)), *w.down)
 
 
 def encode_mel(model: Any, mel: Tensor) -> Tensor:
@@ -116,7 +155,7 @@ def encode_mel(model: Any, mel: Tensor) -> Tensor:
     x = F.gelu(tower.conv2(x)).transpose(1, 2)
     x = x + tower.positional_embedding.positional_embedding[: x.shape[1]].to(x.dtype)
     for layer in tower.layers:
-        x = audio_layer(layer, x)
+        x = audio_layer(AudioLayer.of(layer), x, layer.self_attn.num_heads)
     pooled = (x[:, 0::2] + x[:, 1::2]) / 2
     tokens: Tensor = tower.proj(tower.ln_post(pooled))
     return tokens.view(batch, num_frames // 4, -1)

@@ -1,0 +1,502 @@
+"""Train the small model: the backbone on all tokens, then LLM and selector on compressed ones.
+
+Shapes: B scenes, T frames, G grids, N tokens of a grid, A audio tokens, L tokens of the block,
+P of the system turn, S of the questions, K objects, D width.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from omnisift.audio_selection import AudioSelector
+from omnisift.backbone import inner
+from omnisift.compress import DropShares, compress_planned, drop_shares
+from omnisift.compression_plan import CompressionPlan, plan_compression
+from omnisift.layout import Block, Modality, ModelLayout, place_block
+from omnisift.media import FACTOR, log_mel
+from omnisift.methods import DECIDERS, compress_with
+from omnisift.mini import towers
+from omnisift.mini.fused import fused
+from omnisift.mini.layers import TextLayer, rms_norm, text_layer
+from omnisift.mini.lessons import IGNORED, Lesson, Lessons, Slots
+from omnisift.mini.pictures import ScenePlan, draw
+from omnisift.mini.questions import KINDS
+from omnisift.mini.sounds import TOKENS_PER_SECOND, SoundPlan, heard, render
+from omnisift.mini.world import ACTION_S, ACTIONS, COLOURS, NOISES, SHAPES, SIDE
+from omnisift.training.loop import Schedule, train
+
+FPS = 2
+_SIDE_TOKENS = SIDE // FACTOR
+_SAMPLES = 7  # of the owner map along a token's side
+_OBJECT_SHARE = 0.1  # of a token's pixels, from which on it shows an object
+_HELP_UNTIL, _HELP_AFTER = 0.6, 0.1  # share of the steps; weight of the auxiliary losses behind
+
+
+def shares_for(retain: float) -> DropShares:
+    """Return drop shares that keep `retain` of all tokens at this model's 36 + 25 a second.
+
+    On the line through the published settings (`drop_shares`), whose totals are those of a model
+    with hundreds of video tokens a second.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        shares = drop_shares(middle)
+        video = _SIDE_TOKENS**2
+        kept = (1 - shares.video) * video + (1 - shares.audio) * TOKENS_PER_SECOND
+        low, high = (middle, high) if kept < retain * (video + TOKENS_PER_SECOND) else (low, middle)
+    shares = drop_shares(high)
+    return DropShares(round(shares.video, 3), round(shares.audio, 3))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is trained."""
+
+    stage: Literal["backbone", "compressed"]
+    schedule: Schedule
+    seed: int
+    grids: int = 720  # seconds of video a step
+    method: str = "none"
+    retain: tuple[float, ...] = (1.0,)  # drawn anew each step
+    consistency: float = 0.0  # weight: background tokens stay as they were a grid before
+
+
+class Student(nn.Module):
+    """What is trained: the thinker, the selector, and heads that only training has."""
+
+    def __init__(self, model: Any, selector: AudioSelector) -> None:
+        """Take an untrained thinker or one that has been trained before."""
+        super().__init__()
+        self.model, self.selector = model, selector
+        width = model.config.text_config.hidden_size
+        self.sound_head = nn.Linear(width, len(NOISES) + 1)
+        self.object_head = nn.Linear(width, 2)
+        self.look_heads = nn.ModuleList(
+            nn.Linear(width, size) for size in (len(COLOURS), len(SHAPES), len(ACTIONS) + 1)
+        )
+        self.cause_head = nn.Linear(width, len(COLOURS) + 1)
+
+    @property
+    def text(self) -> Any:
+        """Return the LLM's layers, wherever transformers keeps them."""
+        return getattr(self.model.model, "language_model", self.model.model)
+
+    def trained(self, stage: str) -> dict[str, nn.Parameter]:
+        """Return what a stage trains; the towers are frozen behind the first."""
+        frozen = (
+            ("selector.",)
+            if stage == "backbone"
+            else (
+                "model.visual",
+                "model.model.visual",
+                "model.audio_tower",
+                "model.model.audio_tower",
+            )
+            + ("sound_head", "object_head", "look_heads", "cause_head")
+        )
+        chosen = {}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen) and "audio_bos_eos" not in name)
+            if parameter.requires_grad:
+                chosen[name] = parameter
+        return chosen
+
+
+class Seen(NamedTuple):
+    """A lesson as the towers read it, and what its tokens show."""
+
+    frames: Tensor  # [B, T, 3, H, W] in [0, 1]
+    mel: Tensor  # [B, 128, F]
+    owner: Tensor  # [B, G, N] object of each video token, -1 for none
+    action: Tensor  # [B, G, K] index in ACTIONS, len(ACTIONS) for none
+    sound: Tensor  # [B, A] index of the sound of each audio token, -1 for none
+
+
+def observe(pictures: ScenePlan, sounds: SoundPlan, duration_s: int, *, rough: bool) -> Seen:
+    """Draw and sound a lesson; `rough` adds what codecs, cameras and microphones do."""
+    device = pictures.radius.device
+    times = torch.arange(duration_s * FPS, device=device) / FPS
+    frames, owner = draw(pictures, times)
+    wave = render(sounds, duration_s)
+    if rough:
+        frames, wave = _roughen_frames(frames), _roughen_wave(wave)
+    return Seen(
+        frames,
+        log_mel(wave),
+        _token_owner(owner, pictures.radius.shape[1]),
+        _grid_action(pictures, times),
+        heard(sounds, duration_s * TOKENS_PER_SECOND),
+    )
+
+
+def _roughen_frames(frames: Tensor) -> Tensor:
+    batch, num, _, height, width = frames.shape
+    device = frames.device
+    soft, gain = (
+        torch.rand(batch, 1, device=device).expand(-1, num).reshape(-1, 1, 1, 1) for _ in range(2)
+    )
+    # Blocks of 8 that are off by a shade, and noise.
+    shade = torch.randn(batch * num, 1, height // 8, width // 8, device=device)
+    noise = torch.randn(batch * num, 1, height, width, device=device)
+    rough = _blur(frames.flatten(0, 1), 0.5 * soft, 0.97 + 0.06 * gain, 0.006 * shade, 0.01 * noise)
+    return rough.unflatten(0, (batch, num))
+
+
+@fused
+def _blur(frames: Tensor, soft: Tensor, gain: Tensor, shade: Tensor, noise: Tensor) -> Tensor:
+    # Colour at half the resolution, as 4:2:0 has it; sharpness lost to scaling.
+    small = F.avg_pool2d(frames, 2)
+    coarse = small.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
+    luma = torch.tensor((0.299, 0.587, 0.114), device=frames.device)[:, None, None]
+    bright = ((frames - coarse) * luma).sum(1, keepdim=True)
+    shade = shade.repeat_interleave(8, dim=-1).repeat_interleave(8, dim=-2)
+    out = (coarse + (1 - soft) * bright) * gain + shade + noise
+    return (out.clamp(0, 1) * 255).round() / 255
+
+
+def _roughen_wave(wave: Tensor) -> Tensor:
+    batch, device = len(wave), wave.device
+    gain = 0.5 + 0.7 * torch.rand(batch, 1, device=device)
+    floor = 10 ** (-4.5 + 1.5 * torch.rand(batch, 1, device=device))
+    # A low pass of two samples, as strong as chance has it.
+    soft = 0.5 * torch.rand(batch, 1, device=device)
+    wave = (1 - soft) * wave + soft * F.pad(wave, (1, 0))[:, :-1]
+    return wave * gain + floor * torch.randn_like(wave)
+
+
+def _token_owner(owner: Tensor, num_things: int) -> Tensor:
+    step = FACTOR // _SAMPLES
+    sampled = owner[..., step // 2 :: step, step // 2 :: step]  # [B, T, n, n]
+    shares = torch.stack(
+        [F.avg_pool2d((sampled == thing).float(), _SAMPLES) for thing in range(num_things)], -1
+    )
+    shares = shares.unflatten(1, (-1, 2)).mean(2).flatten(2, 3)  # [B, G, N, K]
+    most, which = shares.max(-1)
+    return torch.where(most > _OBJECT_SHARE, which, -1)
+
+
+def _grid_action(pictures: ScenePlan, times: Tensor) -> Tensor:
+    phase = (times - pictures.event_start[..., None]) / ACTION_S
+    at_work = (phase > 0.08) & (phase < 0.92)
+    at_work = at_work.unflatten(-1, (-1, 2)).any(-1)  # [B, E, G]
+    things = torch.arange(pictures.radius.shape[1], device=times.device)
+    mine = pictures.event_thing[..., None] == things  # [B, E, K]
+    action = torch.where(at_work, pictures.event_action[..., None], -1)
+    found = torch.where(mine[:, :, None], action[..., None], -1).amax(1)  # [B, G, K]
+    return torch.where(found < 0, len(ACTIONS), found)
+
+
+class Clips(NamedTuple):
+    """The layout of clips of one length, on the device."""
+
+    block: Block
+    ids: Tensor  # [L]
+    positions: Tensor  # [3, L]
+    video: Tensor  # places in the block
+    audio: Tensor
+
+
+def lay_out(layout: ModelLayout, duration_s: int, device: torch.device) -> Clips:
+    """Lay out clips of the world."""
+    block = place_block(
+        layout,
+        grids=duration_s * FPS // 2,
+        height=_SIDE_TOKENS,
+        width=_SIDE_TOKENS,
+        seconds_per_grid=2 / FPS,
+        audio_tokens=duration_s * TOKENS_PER_SECOND,
+    )
+    video, audio = (
+        np.flatnonzero(block.modality == kind) for kind in (Modality.VIDEO, Modality.AUDIO)
+    )
+    on_device = (
+        torch.from_numpy(value).to(device) for value in (block.ids, block.positions, video, audio)
+    )
+    return Clips(block, *on_device)
+
+
+def place(model: Any, clips: Clips, video: Tensor, audio: Tensor) -> Tensor:
+    """Return the block's embeddings [B, L, D] from video [B, G, N, D] and audio [B, A, D]."""
+    embeds = model.get_input_embeddings()(clips.ids).expand(len(video), -1, -1)
+    embeds = embeds.index_copy(1, clips.video, video.flatten(1, 2).to(embeds.dtype))
+    return embeds.index_copy(1, clips.audio, audio.to(embeds.dtype))
+
+
+def slot_mask(num_context: int, slots: Slots, device: torch.device) -> Tensor:
+    """Return who sees whom, bool [1, 1, L, L]: the context, and what came before in the slot."""
+    lengths = torch.tensor([num_context, *slots.lengths])
+    slot = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    index = torch.arange(len(slot))
+    same = (slot[:, None] == slot) | (slot == 0)
+    return (same & (index[:, None] >= index))[None, None].to(device)
+
+
+class Trainer:
+    """The loss of a lesson."""
+
+    def __init__(
+        self, student: Student, lessons: Lessons, recipe: Recipe, device: torch.device
+    ) -> None:
+        """Take lessons for as many steps as the recipe has."""
+        self.student, self.lessons, self.recipe, self.device = student, lessons, recipe, device
+        self.layout = ModelLayout.of(student.model.config)
+        self.prefix = torch.tensor(lessons.template.prefix, device=device)
+        self.end = int(lessons.template.tokenizer.get_vocab()["<|im_end|>"])
+        self._positions = self._slot_positions()
+        self._masks = lru_cache(maxsize=64)(lambda length: slot_mask(length, lessons.slots, device))
+        self._clips = lru_cache(maxsize=16)(
+            lambda duration_s: lay_out(self.layout, duration_s, device)
+        )
+        self._plans = lru_cache(maxsize=64)(self._plan)
+
+    def _slot_positions(self) -> Tensor:
+        offsets = np.concatenate([np.arange(length) for length in self.lessons.slots.lengths])
+        return torch.from_numpy(offsets).to(self.device)
+
+    def loss(self, lesson: Lesson, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a lesson and what is logged; `progress` is the share of steps done."""
+        recipe, student = self.recipe, self.student
+        pictures = ScenePlan(
+            *(value.to(self.device, non_blocking=True) for value in lesson.pictures)
+        )
+        sounds = SoundPlan(*(value.to(self.device, non_blocking=True) for value in lesson.sounds))
+        with torch.no_grad():
+            seen = observe(pictures, sounds, lesson.duration_s, rough=True)
+        wide = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        frozen = torch.no_grad() if recipe.stage == "compressed" else nullcontext()
+        with wide:
+            with frozen:
+                video = towers.encode_frames(student.model, seen.frames).float()
+                audio = towers.encode_mel(student.model, seen.mel).float()
+            clips = self._clips(lesson.duration_s)
+            block = clips.block
+            embeds = place(student.model, clips, video, audio)
+            if recipe.method == "none":
+                kept = embeds
+                kept_positions = clips.positions[:, None].expand(-1, len(embeds), -1)
+            else:
+                kept, kept_positions = self._compress(lesson, clips, embeds)
+            hidden = self._read(lesson, kept, kept_positions, block.next_position)
+            metrics = self._text_losses(lesson, hidden[:, -lesson.ids.shape[1] :])
+            loss = metrics["loss/questions"] + metrics["loss/caption"]
+            if recipe.stage == "backbone":
+                weight = 1.0 if progress < _HELP_UNTIL else _HELP_AFTER
+                after = hidden[:, len(self.prefix) : len(self.prefix) + embeds.shape[1]]
+                heard_after = after.index_select(1, clips.audio)
+                aux = self._auxiliary(lesson, seen, pictures, video, audio, heard_after)
+                steady = aux.pop("loss/consistency")
+                loss = loss + weight * torch.stack(list(aux.values())).sum()
+                if recipe.consistency:
+                    loss = loss + recipe.consistency * steady
+                metrics |= aux | {"loss/consistency": steady}
+        return loss, metrics
+
+    def _compress(self, lesson: Lesson, clips: Clips, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the kept tokens [B, n, D] and their positions [3, B, n]."""
+        recipe = self.recipe
+        number = int(lesson.keys[0].rpartition("/")[2])
+        chance = np.random.default_rng([recipe.seed, number])
+        shares = shares_for(float(chance.choice(recipe.retain)))
+        rows = embeds.float()
+        deciders = DECIDERS.get(recipe.method)
+        with torch.autocast(self.device.type, enabled=False):
+            if deciders is not None and not deciders.by_chance:
+                # The plan is the same for all clips of a length: made once, not at each step.
+                plan = self._plans(lesson.duration_s, len(rows), shares)
+                results = compress_planned(rows.unbind(), plan, self.student.selector)
+            else:
+                ids = torch.from_numpy(clips.block.ids)
+                positions = torch.from_numpy(clips.block.positions)
+                results = compress_with(
+                    recipe.method,
+                    [(row, ids, positions) for row in rows],
+                    video_drop=shares.video,
+                    audio_drop=shares.audio,
+                    video_token_id=self.layout.video_token_id,
+                    audio_token_id=self.layout.audio_token_id,
+                    selector=self.student.selector,
+                    video_keys=lesson.keys,
+                    positions_per_chunk=self.layout.positions_per_chunk,
+                )
+        index = torch.stack([result.kept_index for result in results])
+        return torch.stack([result.embeds for result in results]), clips.positions[:, index]
+
+    def _plan(self, duration_s: int, number: int, shares: DropShares) -> CompressionPlan:
+        block = self._clips(duration_s).block
+        layout = torch.from_numpy(block.ids), torch.from_numpy(block.positions)
+        return plan_compression(
+            [layout] * number,
+            shares,
+            video_token_id=self.layout.video_token_id,
+            audio_token_id=self.layout.audio_token_id,
+            device=self.device,
+            deciders=DECIDERS[self.recipe.method],
+        )
+
+    def _read(self, lesson: Lesson, kept: Tensor, positions: Tensor, next_position: int) -> Tensor:
+        """Run the LLM over system turn, kept tokens and slots; return its last states [B, ., D]."""
+        embed = self.student.model.get_input_embeddings()
+        ids = lesson.ids.to(self.device, non_blocking=True)
+        batch, start = len(ids), len(self.prefix)
+        x = torch.cat([embed(self.prefix).expand(batch, -1, -1), kept, embed(ids)], dim=1)
+        before = torch.arange(start, device=self.device).expand(3, batch, -1)
+        behind = (self._positions + start + next_position).expand(3, batch, -1)
+        place = torch.cat([before, positions + start, behind], dim=2)
+        text = self.student.text
+        cos, sin = (angle[:, None] for angle in text.rotary_emb(x, place))
+        config = self.student.model.config.text_config
+        heads = config.num_attention_heads, config.num_key_value_heads
+        mask = self._masks(start + kept.shape[1])
+        for layer in text.layers:
+            x = text_layer(TextLayer.of(layer), x, mask, cos, sin, *heads)
+        return rms_norm(x, text.norm.weight)
+
+    def _text_losses(self, lesson: Lesson, hidden: Tensor) -> dict[str, Tensor]:
+        targets = lesson.targets.to(self.device, non_blocking=True)
+        kinds = lesson.kinds.to(self.device, non_blocking=True)
+        logits = self.student.model.lm_head(hidden).float()
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(targets)
+        right = logits.argmax(-1) == targets
+        told = targets != IGNORED
+        asked = told & (kinds < len(KINDS))
+        captioned = told & (kinds == len(KINDS))
+        answers = asked & (targets != self.end)
+        metrics = {
+            "loss/questions": (losses * asked).sum() / asked.sum(),
+            "loss/caption": (losses * captioned).sum() / captioned.sum(),
+            "accuracy": (right & answers).sum() / answers.sum(),
+            "accuracy/caption": (right & captioned).sum() / captioned.sum(),
+        }
+        for index, kind in enumerate(KINDS):
+            mine = answers & (kinds == index)
+            metrics[f"accuracy/{kind}"] = (right & mine).sum() / mine.sum().clamp(min=1)
+        return metrics
+
+    def _auxiliary(
+        self,
+        lesson: Lesson,
+        seen: Seen,
+        pictures: ScenePlan,
+        video: Tensor,
+        audio: Tensor,
+        heard_after: Tensor,
+    ) -> dict[str, Tensor]:
+        student = self.student
+        noise = lesson.sounds.noise.to(self.device)
+        silent = seen.sound < 0
+        noise_label = noise.gather(1, seen.sound.clamp(min=0)).masked_fill(silent, len(NOISES))
+        there = seen.owner >= 0
+        thing = seen.owner.clamp(min=0)
+        looks = (
+            pictures.colour[:, None].expand(-1, thing.shape[1], -1).gather(2, thing),
+            pictures.shape[:, None].expand(-1, thing.shape[1], -1).gather(2, thing),
+            seen.action.gather(2, thing),
+        )
+        losses = {
+            "loss/sound": F.cross_entropy(
+                student.sound_head(audio).float().flatten(0, 1), noise_label.flatten()
+            ),
+            "loss/object": F.cross_entropy(
+                student.object_head(video).float().flatten(0, 2), there.long().flatten()
+            ),
+        }
+        for name, head, label in zip(
+            ("colour", "shape", "action"), student.look_heads, looks, strict=True
+        ):
+            losses[f"loss/{name}"] = _cross_entropy(head(video), label, there)
+        event = lesson.sound_event.to(self.device).gather(1, seen.sound.clamp(min=0))
+        cause = pictures.event_thing.gather(1, event.clamp(min=0))
+        cause = pictures.colour.gather(1, cause).masked_fill(event < 0, len(COLOURS))
+        losses["loss/cause"] = _cross_entropy(student.cause_head(heard_after), cause, ~silent)
+        still = ~there[:, :-1] & ~there[:, 1:]
+        change = 1 - F.cosine_similarity(video[:, :-1], video[:, 1:], dim=-1)
+        losses["loss/consistency"] = (change * still).sum() / still.sum().clamp(min=1)
+        return losses
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
+    return (losses * where.flatten()).sum() / where.sum().clamp(min=1)
+
+
+def calibrate(student: Student, lessons: Lessons, device: torch.device) -> None:
+    """Scale the first layers so that what leaves them is centred and of size 1.
+
+    A log-mel spectrogram is nowhere near that: with plain initialisation sound is a tenth of the
+    position code it is added to, and the model never learns to use it.
+    """
+    few = Lessons(lessons.template, seed=lessons.seed, steps=1, grids=64)[0]
+    pictures = ScenePlan(*(value.to(device) for value in few.pictures))
+    sounds = SoundPlan(*(value.to(device) for value in few.sounds))
+    seen = observe(pictures, sounds, few.duration_s, rough=True)
+    student.to(device)
+    tower = inner(student.model).audio_tower
+    window = 2 * tower.n_window
+    x = seen.mel.unflatten(-1, (-1, window)).transpose(1, 2).flatten(0, 1)
+    with torch.no_grad():
+        for layer in (tower.conv1, tower.conv2):
+            out = layer(x)
+            mean, size = out.mean((0, 2)), out.std()
+            layer.weight /= size
+            layer.bias.copy_((layer.bias - mean) / size)
+            x = F.gelu(layer(x))
+        video = towers.encode_frames(student.model, seen.frames)
+        audio = towers.encode_mel(student.model, seen.mel)
+        size = student.model.get_input_embeddings().weight.std()
+        for last, tokens in (
+            (inner(student.model).visual.merger.mlp[-1], video),
+            (tower.proj, audio),
+        ):
+            last.weight *= size / tokens.std()
+
+
+def run_stage(
+    student: Student,
+    lessons: Lessons,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: torch.device,
+    workers: int,
+    log_every: int = 50,
+) -> None:
+    """Train a stage; goes on where `folder` stopped. The student is trained in place."""
+    student.to(device)
+    trainer = Trainer(student, lessons, recipe, device)
+    steps = recipe.schedule.steps
+    lessons_from: dict[str, Iterator[Lesson]] = {}
+
+    def loss_of(step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if not lessons_from:
+            loader = DataLoader(
+                lessons,
+                batch_size=None,
+                sampler=range(step, steps),
+                num_workers=workers,
+                pin_memory=device.type == "cuda",
+                prefetch_factor=4 if workers else None,
+            )
+            lessons_from["next"] = iter(loader)
+        return trainer.loss(next(lessons_from["next"]), step / steps)
+
+    train(
+        loss_of,
+        student.trained(recipe.stage),
+        recipe.schedule,
+        folder=folder,
+        seed=recipe.seed,
+        checkpoint_every=max(1, steps // 2),
+        log_every=log_every,
+    )
