@@ -23,7 +23,7 @@ def linear(module: Any) -> Linear:
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [..., D] scaled to a root mean square of 1, times the weight."""
-    return F.rms_norm(x, x.shape[-1:], weight, _EPS)
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), _EPS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
