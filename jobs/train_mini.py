@@ -35,6 +35,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, required=True, help="learning rate")
     parser.add_argument("--grids", type=int, default=720, help="seconds of video a step")
     parser.add_argument("--consistency", type=float, default=0.0)
+    parser.add_argument("--selector-alone", type=float, default=0.0)
+    parser.add_argument("--exploration", type=float, default=0.0)
+    parser.add_argument("--selector-rate", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes that draw scenes")
     parser.add_argument("--log-every", type=int, default=50)
@@ -63,7 +66,7 @@ def main() -> None:
         calibrate(student, lessons, device)
     else:
         untrained = {name: value.clone() for name, value in student.selector.state_dict().items()}
-        load_model(student, options.start / "student.safetensors")
+        load_model(student, options.start / "student.safetensors", strict=False)
         student.selector.load_state_dict(untrained)
     run_stage(
         student,
@@ -78,6 +81,9 @@ def main() -> None:
             method=options.method,
             retain=tuple(options.retain),
             consistency=options.consistency,
+            selector_alone=options.selector_alone,
+            exploration=options.exploration,
+            selector_rate=options.selector_rate,
         ),
         options.output,
         device=device,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 Linear = tuple[Tensor, Tensor | None]  # weight, bias
 
-_EPS = 1e-6
 
 
 def linear(module: Any) -> Linear:
@@ -21,9 +20,9 @@ def linear(module: Any) -> Linear:
     return module.weight, module.bias
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """Return x [..., D] scaled to a root mean square of 1, times the weight."""
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), _EPS)
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -49,6 +48,7 @@ class TextLayer(NamedTuple):
     gate: Linear
     up: Linear
     down: Linear
+    eps: float
 
     @classmethod
     def of(cls, layer: Any) -> "TextLayer":
@@ -59,6 +59,7 @@ class TextLayer(NamedTuple):
             *(linear(part) for part in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)),
             layer.post_attention_layernorm.weight,
             *(linear(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+            layer.input_layernorm.variance_epsilon,
         )
 
 
@@ -66,7 +67,7 @@ def text_layer(
     w: TextLayer, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_keys: int
 ) -> Tensor:
     """Run a layer of the LLM on [B, L, D]; `mask` bool [1, 1, L, L], cos and sin [B, 1, L, d]."""
-    h = rms_norm(x, w.norm1)
+    h = rms_norm(x, w.norm1, w.eps)
     query = rotate(split_heads(F.linear(h, *w.q), num_heads), cos, sin)
     key = rotate(split_heads(F.linear(h, *w.k), num_keys), cos, sin)
     value = split_heads(F.linear(h, *w.v), num_keys)
@@ -78,5 +79,5 @@ def text_layer(
         attn_mask=mask,
     )
     x = x + F.linear(attended.transpose(1, 2).flatten(2), *w.out)
-    h = rms_norm(x, w.norm2)
+    h = rms_norm(x, w.norm2, w.eps)
     return x + F.linear(F.silu(F.linear(h, *w.gate)) * F.linear(h, *w.up), *w.down)

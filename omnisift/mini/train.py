@@ -69,6 +69,9 @@ class Recipe:
     method: str = "none"
     retain: tuple[float, ...] = (1.0,)  # drawn anew each step
     consistency: float = 0.0  # weight: background tokens stay as they were a grid before
+    selector_rate: float = 1.0  # times the learning rate
+    selector_alone: float = 0.0  # share of the steps in which the LLM stays as it was
+    exploration: float = 0.0  # size of the noise on the scores that select
 
 
 class Student(nn.Module):
@@ -241,6 +244,30 @@ def slot_mask(num_context: int, slots: Slots, device: torch.device) -> Tensor:
     return (same & (index[:, None] >= index))[None, None].to(device)
 
 
+class Exploring(nn.Module):
+    """A selector in training: its scores with noise, their gradient without its mean.
+
+    How many tokens a chunk keeps is fixed, so raising all scores alike changes nothing; but only
+    kept tokens have a gradient, nearly all of them would like to be larger, and most tokens are
+    silent: uncentred, the selector learns to keep what is frequent, loses the rare sounds, and
+    without noise never meets them again.
+    """
+
+    def __init__(self, selector: AudioSelector, noise: float) -> None:
+        """Wrap a selector; `noise` is the size of the Gumbel noise, 0: as published."""
+        super().__init__()
+        self.selector, self.noise = selector, noise
+
+    def forward(self, video_CVD: Tensor, video_valid_CV: Tensor, audio_CAD: Tensor) -> Tensor:
+        """Return the scores [C, A]."""
+        score: Tensor = self.selector(video_CVD, video_valid_CV, audio_CAD)
+        if not self.noise:
+            return score
+        mean = score.mean(1, keepdim=True)
+        gumbel = -torch.log(-torch.log(torch.rand_like(score).clamp(1e-6, 1 - 1e-6)))
+        return score - (mean - mean.detach()) + self.noise * gumbel
+
+
 class Trainer:
     """The loss of a lesson."""
 
@@ -250,6 +277,7 @@ class Trainer:
         """Take lessons for as many steps as the recipe has."""
         self.student, self.lessons, self.recipe, self.device = student, lessons, recipe, device
         self.layout = ModelLayout.of(student.model.config)
+        self._trained = student.trained(recipe.stage)
         self.prefix = torch.tensor(lessons.template.prefix, device=device)
         self.end = int(lessons.template.tokenizer.get_vocab()["<|im_end|>"])
         self._positions = self._slot_positions()
@@ -266,6 +294,10 @@ class Trainer:
     def loss(self, lesson: Lesson, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a lesson and what is logged; `progress` is the share of steps done."""
         recipe, student = self.recipe, self.student
+        if recipe.selector_alone:
+            alone = progress < recipe.selector_alone
+            for name, parameter in self._trained.items():
+                parameter.requires_grad_(not alone or name.startswith("selector."))
         pictures = ScenePlan(
             *(value.to(self.device, non_blocking=True) for value in lesson.pictures)
         )
@@ -285,10 +317,14 @@ class Trainer:
                 kept = embeds
                 kept_positions = clips.positions[:, None].expand(-1, len(embeds), -1)
             else:
-                kept, kept_positions = self._compress(lesson, clips, embeds)
+                kept, kept_positions, mask = self._compress(lesson, clips, embeds)
             hidden = self._read(lesson, kept, kept_positions, block.next_position)
             metrics = self._text_losses(lesson, hidden[:, -lesson.ids.shape[1] :])
             loss = metrics["loss/questions"] + metrics["loss/caption"]
+            if recipe.method != "none":
+                heard_kept, sounding = mask[:, clips.audio], seen.sound >= 0
+                metrics["kept/sounding"] = (heard_kept & sounding).sum() / sounding.sum()
+                metrics["kept/silent"] = (heard_kept & ~sounding).sum() / (~sounding).sum()
             if recipe.stage == "backbone":
                 weight = 1.0 if progress < _HELP_UNTIL else _HELP_AFTER
                 after = hidden[:, len(self.prefix) : len(self.prefix) + embeds.shape[1]]
@@ -301,19 +337,22 @@ class Trainer:
                 metrics |= aux | {"loss/consistency": steady}
         return loss, metrics
 
-    def _compress(self, lesson: Lesson, clips: Clips, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the kept tokens [B, n, D] and their positions [3, B, n]."""
+    def _compress(
+        self, lesson: Lesson, clips: Clips, embeds: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the kept tokens [B, n, D], their positions [3, B, n], who was kept [B, L]."""
         recipe = self.recipe
         number = int(lesson.keys[0].rpartition("/")[2])
         chance = np.random.default_rng([recipe.seed, number])
         shares = shares_for(float(chance.choice(recipe.retain)))
         rows = embeds.float()
         deciders = DECIDERS.get(recipe.method)
+        selector: Any = Exploring(self.student.selector, recipe.exploration)
         with torch.autocast(self.device.type, enabled=False):
             if deciders is not None and not deciders.by_chance:
                 # The plan is the same for all clips of a length: made once, not at each step.
                 plan = self._plans(lesson.duration_s, len(rows), shares)
-                results = compress_planned(rows.unbind(), plan, self.student.selector)
+                results = compress_planned(rows.unbind(), plan, selector)
             else:
                 ids = torch.from_numpy(clips.block.ids)
                 positions = torch.from_numpy(clips.block.positions)
@@ -324,12 +363,13 @@ class Trainer:
                     audio_drop=shares.audio,
                     video_token_id=self.layout.video_token_id,
                     audio_token_id=self.layout.audio_token_id,
-                    selector=self.student.selector,
+                    selector=selector,
                     video_keys=lesson.keys,
                     positions_per_chunk=self.layout.positions_per_chunk,
                 )
         index = torch.stack([result.kept_index for result in results])
-        return torch.stack([result.embeds for result in results]), clips.positions[:, index]
+        kept = torch.stack([result.embeds for result in results])
+        return kept, clips.positions[:, index], torch.stack([result.keep_mask for result in results])
 
     def _plan(self, duration_s: int, number: int, shares: DropShares) -> CompressionPlan:
         block = self._clips(duration_s).block
@@ -359,7 +399,7 @@ class Trainer:
         mask = self._masks(start + kept.shape[1])
         for layer in text.layers:
             x = text_layer(TextLayer.of(layer), x, mask, cos, sin, *heads)
-        return rms_norm(x, text.norm.weight)
+        return rms_norm(x, text.norm.weight, text.norm.variance_epsilon)
 
     def _text_losses(self, lesson: Lesson, hidden: Tensor) -> dict[str, Tensor]:
         targets = lesson.targets.to(self.device, non_blocking=True)
@@ -499,4 +539,5 @@ def run_stage(
         seed=recipe.seed,
         checkpoint_every=max(1, steps // 2),
         log_every=log_every,
+        rate_of=lambda name: recipe.selector_rate if name.startswith("selector.") else 1.0,
     )
