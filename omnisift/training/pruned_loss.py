@@ -24,19 +24,8 @@ from omnisift.compress import DropShares
 from omnisift.compression_plan import plan_compression
 from omnisift.compressor import Clip, TooLongError, VideoCompressor
 from omnisift.layout import Block, Modality
-from omnisift.methods import compress_with
+from omnisift.methods import TRAINED_METHODS, compress_with, find_method
 from omnisift.prompts import PromptText, prompt_positions
-
-# The others are training-free by definition: they run on a backbone trained with "none".
-TRAINED_METHODS = (
-    "omnisift",
-    "omnisift_no_spatial",
-    "omnisift_no_temporal",
-    "omnisift_audio_only",
-    "omnisift_random_audio",
-    "random",
-    "none",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +90,10 @@ class PrunedLoss(nn.Module):
         self.language_model: Any = getattr(model.model, "language_model", model.model)
         self.lm_head: Any = model.lm_head
         self.selector = selector.to(backbone.device)
-        for part in (self.language_model, self.lm_head, self.selector):
-            part.requires_grad_(True)
+        self.language_model.requires_grad_(True)
+        self.lm_head.requires_grad_(True)
+        # Where nothing reads its scores, a checkpoint must not pass for one with a selector.
+        self.selector.requires_grad_(find_method(method).selector)
         if gradient_checkpointing:
             # transformers 5.23 has the first name, 5.17 the second.
             enable = getattr(self.language_model, "activation_checkpointing_enable", None)
@@ -125,7 +116,9 @@ class PrunedLoss(nn.Module):
             "selector": SELECTOR_PREFIX,
         }
         named = ((name.partition("."), value) for name, value in self.named_parameters())
-        return {prefixes[part] + rest: value for (part, _, rest), value in named}
+        return {
+            prefixes[part] + rest: value for (part, _, rest), value in named if value.requires_grad
+        }
 
     def lay(self, example: Example) -> LaidExample:
         """Lay out an example, on the host. Raises TooLongError where the LLM cannot read it."""

@@ -53,6 +53,8 @@ def gather_gradients(
         sums += torch.cat([values, counts.to(sums.device, non_blocking=True)])
     _, workers = world()
     for parameter in loss.selector.parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:  # a batch without sound
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)

@@ -197,6 +197,7 @@ def test_without_a_selector_in_the_method_it_gets_no_gradient(
     sums = loss([loss.lay(examples[0])])
     sums.loss.backward()
     assert all(p.grad is None for p in loss.selector.parameters())
+    assert not any("compressor" in name for name in loss.trained())
     assert loss.lm_head.weight.grad.abs().max() > 0
     block = loss.lay(examples[0]).block
     texts = sum(len(part) for part in (loss.lay(examples[0]).before, loss.lay(examples[0]).after))
