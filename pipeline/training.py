@@ -29,7 +29,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import StartupError
 from pipeline.run import start_ray
 from pipeline.storage import Storage
-from pipeline.training_examples import Examples, num_steps
+from pipeline.training_examples import Dealing, Examples
 from pipeline.training_lines import Tally, TrainingLines, read_lines
 
 _LOG = logging.getLogger(__name__)
@@ -121,13 +121,16 @@ def _train(config: TrainConfig, device: torch.device, output: str = "") -> None:
     shard(loss)
     found = read_lines(Storage(config.storage), config.data)
     tally = Tally(config.data, found, config.max_skipped_share, workers)
-    examples = Examples(config, found.lines, tally, loss.lay, rank=rank, workers=workers)
+    dealing = Dealing(
+        len(found.lines), config.epochs, config.batch, config.seed, rank=rank, workers=workers
+    )
+    examples = Examples(config, found.lines, dealing, tally, loss.lay)
     try:
         train_by_gradients(
             lambda step: gather_gradients(loss, examples.micro_batches(step)),
             loss.trained(),
             Schedule(
-                steps=num_steps(config, len(found.lines)),
+                steps=dealing.num_steps,
                 learning_rate=config.learning_rate,
                 warmup_share=config.warmup_share,
                 weight_decay=config.weight_decay,

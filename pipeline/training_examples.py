@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,30 +25,61 @@ from pipeline.training_lines import Line, Tally, Unusable
 _AHEAD = 2  # videos of each decoder, decoded or being decoded
 
 
-def num_steps(config: TrainConfig, num_lines: int) -> int:
-    """Return the steps of all epochs; the last may be a smaller batch."""
-    return math.ceil(config.epochs * num_lines / config.batch)
+@dataclass(frozen=True)
+class Dealing:
+    """Which lines each worker has in each step: a permutation of them for each epoch.
+
+    Which lines are a step's depends on the seed alone, so a run that resumes sees what it would
+    have seen, and another number of workers sees the same.
+    """
+
+    num_lines: int
+    epochs: int
+    batch: int
+    seed: int
+    rank: int = 0
+    workers: int = 1
+
+    @property
+    def num_steps(self) -> int:
+        """Return the steps of all epochs; the last may be a smaller batch."""
+        return math.ceil(self.epochs * self.num_lines / self.batch)
+
+    def largest(self, step: int) -> int:
+        """Return the examples of the worker that has most of a step's."""
+        return math.ceil(len(self._places(step)) / self.workers)
+
+    def mine(self, step: int) -> list[int]:
+        """Return the indices of this worker's lines."""
+        places = self._places(step)[self.rank :: self.workers]
+        epochs = (divmod(place, self.num_lines) for place in places)
+        return [_order(self.seed, epoch, self.num_lines)[place] for epoch, place in epochs]
+
+    def _places(self, step: int) -> range:
+        end = self.epochs * self.num_lines
+        return range(step * self.batch, min((step + 1) * self.batch, end))
+
+
+@lru_cache(maxsize=2)  # a step, or what is decoded ahead, may lie in two epochs
+def _order(seed: int, epoch: int, num_lines: int) -> list[int]:
+    generator = torch.Generator().manual_seed(step_seed(seed, epoch))
+    order: list[int] = torch.randperm(num_lines, generator=generator).tolist()
+    return order
 
 
 class Examples:
-    """Deal the examples of each step to the workers, and decode this worker's.
-
-    The order is a permutation of the lines for each epoch, from the seed: a run that resumes sees
-    what it would have seen.
-    """
+    """Decode the examples of a worker's steps, in their order, a few videos ahead."""
 
     def __init__(
         self,
         config: TrainConfig,
         lines: Sequence[Line],
+        dealing: Dealing,
         tally: Tally,
         lay: Callable[[Example], LaidExample],
-        *,
-        rank: int,
-        workers: int,
     ) -> None:
-        self._config, self._lines, self._tally, self._lay = config, lines, tally, lay
-        self._rank, self._workers = rank, workers
+        self._config, self._lines, self._dealing = config, lines, dealing
+        self._tally, self._lay = tally, lay
         self._storage = Storage(config.storage)
         self._decoders = [
             Decode(config.media, config.decode, config.storage) for _ in range(config.decoders)
@@ -69,31 +101,15 @@ class Examples:
         """Yield as many micro-batches as every other worker; what is unusable is left out."""
         if step != self._next_step:  # the first step, or a resumed one
             self._ahead.clear()
-            steps = range(step, num_steps(self._config, len(self._lines)))
-            self._coming = (line for later in steps for line in self._mine(later))
+            steps = range(step, self._dealing.num_steps)
+            self._coming = (self._lines[i] for later in steps for i in self._dealing.mine(later))
         self._next_step = step + 1
-        left = len(self._mine(step))
-        for _ in range(math.ceil(self._largest(step) / self._config.micro_batch)):
+        left = len(self._dealing.mine(step))
+        for _ in range(math.ceil(self._dealing.largest(step) / self._config.micro_batch)):
             taken = min(left, self._config.micro_batch)
             left -= taken
             found = [self._take() for _ in range(taken)]
             yield [laid for laid in found if laid is not None]
-
-    def _places(self, step: int) -> range:
-        end = self._config.epochs * len(self._lines)
-        return range(step * self._config.batch, min((step + 1) * self._config.batch, end))
-
-    def _largest(self, step: int) -> int:
-        """Return the examples of the worker that has most of a step's."""
-        return math.ceil(len(self._places(step)) / self._workers)
-
-    def _mine(self, step: int) -> list[Line]:
-        mine = []
-        for number in self._places(step)[self._rank :: self._workers]:
-            epoch, place = divmod(number, len(self._lines))
-            order = _order(self._config.seed, epoch, len(self._lines))
-            mine.append(self._lines[order[place]])
-        return mine
 
     def _take(self) -> LaidExample | None:
         """Return the next example, laid out; None for a line that cannot be used."""
@@ -137,13 +153,6 @@ class Examples:
         }
         [decoded] = rows.iterate(decoder(rows.build([row], rows.IDENTITY)))
         return decoded
-
-
-@lru_cache(maxsize=2)  # a step, or what is decoded ahead, may lie in two epochs
-def _order(seed: int, epoch: int, num_lines: int) -> list[int]:
-    generator = torch.Generator().manual_seed(step_seed(seed, epoch))
-    order: list[int] = torch.randperm(num_lines, generator=generator).tolist()
-    return order
 
 
 def _clip(row: dict[str, Any]) -> Clip:

@@ -37,7 +37,6 @@ def example(number: int) -> Example | None:
 
 def run(rank: int, workers: int, folder: Path, model: Path, *, stop_at: int = STEPS) -> None:
     """Train `STEPS` steps on the examples 0, 1, ..., those of a batch dealt to the workers."""
-    torch.set_num_threads(1)
     backbone = load_backbone(model)
     selector = build_selector(read_selector(model), backbone.width, seed=1)
     loss = PrunedLoss(
@@ -71,6 +70,7 @@ def run(rank: int, workers: int, folder: Path, model: Path, *, stop_at: int = ST
 
 def main() -> None:
     """Join the group and run."""
+    torch.set_num_threads(1)
     rank, workers = int(sys.argv[1]), int(sys.argv[2])
     folder, model = Path(sys.argv[3]), Path(sys.argv[4])
     meet = f"file://{folder.with_suffix('.meet')}"

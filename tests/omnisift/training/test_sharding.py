@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+from omnisift.backbone import Backbone
 from omnisift.checkpoint import (
     SELECTOR_PREFIX,
     CheckpointError,
@@ -24,9 +26,10 @@ from omnisift.checkpoint import (
 from omnisift.compress import drop_shares
 from omnisift.mini.tiny import write_tiny_model
 from omnisift.training.curves import read_curves
-from omnisift.training.loop import Schedule
-from omnisift.training.pruned_loss import PrunedLoss
+from omnisift.training.loop import Schedule, train_by_gradients
+from omnisift.training.pruned_loss import Example, PrunedLoss
 from omnisift.training.publish import publish
+from omnisift.training.sharding import gather_gradients, shard
 from omnisift.training.state import states
 from tests.omnisift.training import gradient_worker
 from tests.omnisift.training.gradient_worker import BATCH, STEPS, example
@@ -79,10 +82,13 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pat
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process."""
+    """A process group of this process, which computes as the workers do: on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+    torch.set_num_threads(threads)
 
 
 def test_two_workers_lose_what_one_loses(runs: dict[int, Path]) -> None:
@@ -129,6 +135,57 @@ def test_a_sharded_run_resumes_exactly(model: Path, runs: dict[int, Path], tmp_p
         expected, got = (load_file(at / "model" / file) for at in (runs[1], folder))
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("alone")
+def test_bfloat16_computes_and_float32_learns(model: Path, tmp_path: Path) -> None:
+    """As on a GPU: updates far below a bfloat16 weight's last bit are not lost."""
+    backbone = load_backbone(model)
+    backbone = Backbone(backbone.model.to(torch.bfloat16))
+    selector = build_selector(read_selector(model), backbone.width, seed=1)
+    loss = PrunedLoss(
+        backbone, selector, load_tokenizer(model), drop_shares(0.25), system_prompt="See and hear."
+    )
+    shard(loss)
+    computed: list[torch.dtype] = []
+    layer = loss.language_model.layers[0]
+    layer.mlp.register_forward_hook(lambda *args: computed.append(args[2].dtype))
+    one = example(2)
+    assert one is not None
+    laid = [loss.lay(one)]
+    before = {name: p.full_tensor().clone() for name, p in _sharded(loss).items()}
+    train_by_gradients(
+        lambda _: gather_gradients(loss, [laid]),
+        loss.trained(),
+        Schedule(steps=3, learning_rate=1e-7),
+        folder=tmp_path / "run",
+        seed=0,
+        checkpoint_every=3,
+    )
+    assert set(computed) == {torch.bfloat16}
+    assert {p.dtype for p in loss.trained().values()} == {torch.float32}
+    name = "thinker.model.layers.0.mlp.up_proj.weight"
+    old, new = before[name].detach(), _sharded(loss)[name].full_tensor().detach()
+    assert (new != old).float().mean() > 0.9
+    assert (new.bfloat16() == old.bfloat16()).float().mean() > 0.99
+    [full] = read_curves(tmp_path / "run" / "curves.jsonl")
+    with torch.no_grad():
+        exact = _float32_loss(model, one)
+    assert full["loss"] == pytest.approx(exact, rel=0.02)
+
+
+def _sharded(loss: PrunedLoss) -> dict[str, DTensor]:
+    return {name: p for name, p in loss.trained().items() if isinstance(p, DTensor)}
+
+
+def _float32_loss(model: Path, one: Example) -> float:
+    backbone = load_backbone(model)
+    selector = build_selector(read_selector(model), backbone.width, seed=1)
+    loss = PrunedLoss(
+        backbone, selector, load_tokenizer(model), drop_shares(0.25), system_prompt="See and hear."
+    )
+    sums = loss([loss.lay(one)])
+    return float(sums.loss.detach()) / sums.num_answer
 
 
 @pytest.mark.parametrize("workers", [1, 2])
