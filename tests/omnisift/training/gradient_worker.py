@@ -35,9 +35,17 @@ def example(number: int) -> Example | None:
     return Example(clip, "What?", "word " * (1 + number % 3))
 
 
-def run(rank: int, workers: int, folder: Path, model: Path, *, stop_at: int = STEPS) -> None:
+def run(
+    rank: int,
+    workers: int,
+    folder: Path,
+    model: Path,
+    *,
+    stop_at: int = STEPS,
+    device: str = "cpu",
+) -> None:
     """Train `STEPS` steps on the examples 0, 1, ..., those of a batch dealt to the workers."""
-    backbone = load_backbone(model)
+    backbone = load_backbone(model, device=device)
     selector = build_selector(read_selector(model), backbone.width, seed=1)
     loss = PrunedLoss(
         backbone,

@@ -174,6 +174,26 @@ def test_bfloat16_computes_and_float32_learns(model: Path, tmp_path: Path) -> No
     assert full["loss"] == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_loses_what_the_cpu_loses(model: Path, runs: dict[int, Path], tmp_path: Path) -> None:
+    """In bfloat16 through NCCL, and it resumes."""
+    meet = f"file://{tmp_path}/meet"
+    dist.init_process_group("nccl", init_method=meet, rank=0, world_size=1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gradient_worker.run(0, 1, tmp_path / "run", model, stop_at=3, device="cuda")
+        gradient_worker.run(0, 1, tmp_path / "run", model, device="cuda")
+    finally:
+        dist.destroy_process_group()
+    losses = [
+        [line["loss"] for line in read_curves(folder / "curves.jsonl")]
+        for folder in (tmp_path / "run", runs[1])
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+    load_backbone(tmp_path / "run" / "model")
+
+
 def _sharded(loss: PrunedLoss) -> dict[str, DTensor]:
     return {name: p for name, p in loss.trained().items() if isinstance(p, DTensor)}
 
@@ -185,7 +205,8 @@ def _float32_loss(model: Path, one: Example) -> float:
         backbone, selector, load_tokenizer(model), drop_shares(0.25), system_prompt="See and hear."
     )
     sums = loss([loss.lay(one)])
-    return float(sums.loss.detach()) / sums.num_answer
+    mean: float = sums.loss.item() / sums.num_answer
+    return mean
 
 
 @pytest.mark.parametrize("workers", [1, 2])
