@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from jobs.train import main
 from omnisift.mini.tiny import write_tiny_model
 from omnisift.training.curves import read_curves
 from omnisift.training.state import states
@@ -54,16 +56,13 @@ def test_a_killed_training_goes_on_by_the_same_command(tmp_path: Path) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_what_the_user_must_mend_is_said_in_one_line(tmp_path: Path) -> None:
+def test_what_the_user_must_mend_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [f"data={tmp_path / 'no.jsonl'}", f"output={tmp_path / 'out'}"]
-    done = subprocess.run(
-        [sys.executable, "jobs/train.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: data={tmp_path / 'no.jsonl'}: it cannot be read")
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: data={tmp_path / 'no.jsonl'}: it cannot be read")
+    assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
