@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,24 +141,68 @@ def load_backbone(
     return Backbone(model.to(device))
 
 
+def published_name(name: str) -> str:
+    """Return a thinker tensor's name in the published checkpoint.
+
+    transformers moved the modules between 5.17 and 5.23 (`model.visual`, `model.language_model`).
+    """
+    for new, old in (
+        ("model.language_model.", "model."),
+        ("model.visual.", "visual."),
+        ("model.audio_tower.", "audio_tower."),
+    ):
+        if name.startswith(new):
+            name = old + name.removeprefix(new)
+            break
+    return f"thinker.{name}"
+
+
+def tensor_places(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor of a checkpoint, from the files' heads."""
+    places: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                places |= dict.fromkeys(handle.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: {error}") from error
+    return places
+
+
 def _refuse_misfits(folder: Path, info: dict[str, Any], part: Part) -> None:
-    unexpected = sorted(
+    unexpected = [
         name
         for name in info["unexpected_keys"]
         if not _NOT_THE_THINKERS.search(name) and not _LAYERS_LEFT_OUT[part].search(name)
-    )
-    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    ]
+    shapes = {name: (list(found), list(asked)) for name, found, asked in info["mismatched_keys"]}
+    if not (unexpected or shapes or info["missing_keys"]):
+        return
+    places = tensor_places(folder)
+
+    def place(name: str) -> str:
+        names = (published_name(name), published_name(name).removeprefix("thinker."), name)
+        known = next((known for known in names if known in places), names[0])
+        files = [places[known]] if known in places else sorted({*places.values()})
+        listed = ", ".join(file.name for file in files)
+        return f"{known} (in {'' if known in places else 'none of '}{listed})"
+
     problems = [
         f"{word} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
         for word, names in (
-            ("missing", sorted(info["missing_keys"])),
-            ("unexpected", unexpected),
-            ("wrongly shaped", mismatched),
+            ("missing", [place(name) for name in sorted(info["missing_keys"])]),
+            ("unexpected", [place(name) for name in sorted(unexpected)]),
+            (
+                "wrongly shaped",
+                [
+                    f"{place(name)}: expected {asked}, got {found}"
+                    for name, (found, asked) in sorted(shapes.items())
+                ],
+            ),
         )
         if names
     ]
-    if problems:
-        raise CheckpointError(f"{folder}: tensors do not fit config.json: {'; '.join(problems)}")
+    raise CheckpointError(f"{folder}: tensors do not fit config.json: {'; '.join(problems)}")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -181,6 +225,7 @@ class SelectorWeights:
 
     tensors: dict[str, Tensor]  # AudioSelector's names; empty: there are none
     source: str
+    places: dict[str, Path] = field(default_factory=dict)  # the file of each tensor
 
     @property
     def trained(self) -> bool:
@@ -206,17 +251,19 @@ def read_selector(folder: Path, selector_file: str = "") -> SelectorWeights:
     """
     shards = [Path(selector_file)] if selector_file else sorted(folder.glob("*.safetensors"))
     tensors: dict[str, Tensor] = {}
+    places: dict[str, Path] = {}
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (not a dict)
                     if name.startswith(SELECTOR_PREFIX) or selector_file:
-                        tensors[name.removeprefix(SELECTOR_PREFIX)] = handle.get_tensor(name)
+                        bare = name.removeprefix(SELECTOR_PREFIX)
+                        tensors[bare], places[bare] = handle.get_tensor(name), shard
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{shard}: {error}") from error
     if selector_file and not tensors:
         raise CheckpointError(f"compression.selector={selector_file}: the file holds no tensors")
-    return SelectorWeights(tensors, selector_file or str(folder))
+    return SelectorWeights(tensors, selector_file or str(folder), places)
 
 
 def build_selector(weights: SelectorWeights, width: int, *, seed: int = 0) -> AudioSelector:
@@ -235,7 +282,7 @@ def build_selector(weights: SelectorWeights, width: int, *, seed: int = 0) -> Au
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(
-                f"{weights.source}: selector tensor {name}: expected "
+                f"{weights.places.get(name, weights.source)}: selector tensor {name}: expected "
                 f"{expected.get(name, 'none of this name')}, got {found.get(name, 'none')}"
             )
     selector.load_state_dict({name: value.float() for name, value in weights.tensors.items()})

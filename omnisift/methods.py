@@ -32,6 +32,8 @@ METHODS = {
     "omnisift_audio_only": Method(selector=True),
     "omnisift_random_audio": Method(video_keys=True),
 }
+# What training knows; the others are training-free and run on a backbone trained with "none".
+TRAINED_METHODS = tuple(name for name in METHODS if name not in ("omnizip", "dycoke"))
 DECIDERS = {
     "omnisift": COMPLETE,
     "omnisift_no_spatial": Deciders(spatial=False),

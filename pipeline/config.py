@@ -5,7 +5,7 @@ from typing import Any
 
 from omnisift.codec import CODECS
 from omnisift.compress import DropShares, drop_shares
-from omnisift.methods import METHODS
+from omnisift.methods import METHODS, TRAINED_METHODS
 
 
 def _key(default: Any, text: str) -> Any:
@@ -273,6 +273,61 @@ class CaptionConfig:
     def cache_root(self) -> str:
         """Return the prefix of the token cache, without a slash at its end."""
         return (self.cache.path or f"{self.output.rstrip('/')}/cache").rstrip("/")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `jobs/train.py` trains on, and how. The defaults are the paper's recipe."""
+
+    data: str = _key("", "JSONL of video (a uri, or a path beside the file), prompt and answer")
+    output: str = _key("", "folder for state, curves and model/; workers on all nodes must see it")
+    model: str = _key("Qwen/Qwen2.5-Omni-7B", "folder or hub id of the checkpoint to begin with")
+    revision: str = _key("main", "revision of a hub id")
+    seed: int = _key(0, "seed of the order of the data, and of a selector the model lacks")
+    workers: int = _key(1, "processes, one a GPU where there are any; above 1 through Ray Train")
+    worker_cpus: float = _key(1.0, "CPUs of a worker")
+    epochs: int = _key(1, "times the data is gone through")
+    batch: int = _key(128, "examples of a step, of all workers together")
+    micro_batch: int = _key(1, "examples a worker has in memory at once")
+    learning_rate: float = _key(1e-5, "peak of the cosine")
+    selector_rate: float = _key(1.0, "the selector's learning rate, as a multiple of the LLM's")
+    warmup_share: float = _key(0.05, "share of the steps in which the learning rate rises")
+    weight_decay: float = _key(0.0, "AdamW's, of matrices")
+    max_grad_norm: float = _key(1.0, "gradients are scaled down to this norm")
+    max_tokens: int = _key(32_768, "tokens of an example, pruned; longer ones are skipped")
+    gradient_checkpointing: bool = _key(True, "compute layers again in the backward pass")
+    checkpoint_every: int = _key(50, "steps between two states to resume from")
+    log_every: int = _key(1, "steps between two lines of curves.jsonl")
+    max_skipped_share: float = _key(0.01, "share of lines that may be unusable before it stops")
+    decoders: int = _key(2, "decoding processes of a worker")
+    system_prompt: str = _key(AnswerConfig.system_prompt, "the system turn before the video")
+    media: MediaConfig = _key(MediaConfig(), "")
+    decode: DecodeConfig = _key(DecodeConfig(), "")
+    compression: CompressionConfig = _key(CompressionConfig(), "")
+    storage: StorageConfig = _key(StorageConfig(), "")
+
+    def __post_init__(self) -> None:
+        """Refuse what is not named and what cannot train."""
+        _require(bool(self.data), "data", "a JSONL file", self.data)
+        local = bool(self.output) and "://" not in self.output
+        _require(local, "output", "a folder (states are written by all workers)", self.output)
+        _require(bool(self.model), "model", "a folder or a hub id", self.model)
+        for name in ("workers", "epochs", "batch", "micro_batch", "decoders"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("max_tokens", "checkpoint_every", "log_every"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("worker_cpus", "learning_rate", "selector_rate", "max_grad_norm"):
+            _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        _require(0 <= self.warmup_share < 1, "warmup_share", "in [0, 1)", self.warmup_share)
+        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        share = self.max_skipped_share
+        _require(0 <= share <= 1, "max_skipped_share", "in [0, 1]", share)
+        _require(
+            self.compression.method in TRAINED_METHODS,
+            "compression.method",
+            f"one of {', '.join(TRAINED_METHODS)} (the others have nothing to train)",
+            self.compression.method,
+        )
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.checkpoint import SELECTOR_PREFIX
+from omnisift.checkpoint import SELECTOR_PREFIX, published_name
 from omnisift.mini.questions import CAPTION_PROMPTS, caption, draw_questions
-from omnisift.mini.tiny import byte_tokenizer, published_name
+from omnisift.mini.tiny import byte_tokenizer
 from omnisift.mini.world import draw_scene
 
 WIDTH = 256

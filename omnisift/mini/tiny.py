@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.checkpoint import SELECTOR_PREFIX
+from omnisift.checkpoint import SELECTOR_PREFIX, published_name
 
 _SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -78,22 +78,6 @@ def tiny_config() -> Qwen2_5OmniThinkerConfig:
     )
     assert isinstance(config, Qwen2_5OmniThinkerConfig)
     return config
-
-
-def published_name(name: str) -> str:
-    """Return a thinker tensor's name in the published checkpoint.
-
-    transformers moved the modules between 5.17 and 5.23 (`model.visual`, `model.language_model`).
-    """
-    for new, old in (
-        ("model.language_model.", "model."),
-        ("model.visual.", "visual."),
-        ("model.audio_tower.", "audio_tower."),
-    ):
-        if name.startswith(new):
-            name = old + name.removeprefix(new)
-            break
-    return f"thinker.{name}"
 
 
 def write_tiny_model(folder: Path, *, seed: int = 0, selector: bool = False) -> Path:

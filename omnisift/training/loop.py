@@ -7,13 +7,14 @@ that was killed goes on from its newest state and ends with the weights of an un
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -115,12 +116,14 @@ def train_by_gradients(
     checkpoint_every: int,
     log_every: int = 10,
     rate_of: Callable[[str], float] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Train with a function that leaves a step's gradients in `parameters` and returns metrics.
 
     For gradients gathered from micro-batches, or from the workers of a process group (each calls
     this; metrics must be equal on all). `rate_of(name)` multiplies the learning rate of a
-    parameter.
+    parameter. A state of this folder is only taken up by a run of the same `facts` (JSON values),
+    schedule, seed and parameters.
 
     Writes `folder`/curves.jsonl (means of the metrics over `log_every` steps), curves.png and, at
     every `checkpoint_every` steps and at the end, the newest state. Metrics stay on the device
@@ -131,8 +134,12 @@ def train_by_gradients(
         if every < 1:
             raise ValueError(f"{name} must be at least 1, got {every}")
     optimizer = _optimizer(parameters, schedule, rate_of)
-    # Through JSON's eyes, as it will be read back.
-    run = {"seed": seed, "schedule": asdict(schedule), "parameters": sorted(parameters)}
+    run = {
+        "seed": seed,
+        "schedule": asdict(schedule),
+        "parameters": sorted(parameters),
+        "facts": dict(facts or {}),
+    }
     start = load_newest(folder, run, parameters, optimizer)
     if start == schedule.steps:
         _LOG.info("%s: all %d steps are done", folder, start)
@@ -145,12 +152,11 @@ def train_by_gradients(
     for step in range(start, schedule.steps):
         torch.manual_seed(step_seed(seed, step))
         metrics = gradients_of(step)
-        norm = nn.utils.clip_grad_norm_(values, schedule.max_grad_norm)
+        norm = clip_gradients(values, schedule.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * group["rate"] * schedule.share(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         curves.add({**metrics, "grad_norm": norm})
         done, last = step + 1, step + 1 == schedule.steps
         keeps = done % checkpoint_every == 0 or last
@@ -162,18 +168,39 @@ def train_by_gradients(
     curves.draw()
 
 
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients down to a joint norm; return what it was.
+
+    torch's own, but for parameters of which some are sharded over workers and some are whole.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    if not shards:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    square = nn.utils.get_total_norm(shards).square()
+    dist.all_reduce(square)
+    norm = (square + nn.utils.get_total_norm(whole).square()).sqrt()
+    share = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for gradient in (*shards, *whole):
+        gradient.mul_(share)
+    return norm
+
+
 def _optimizer(
     parameters: Mapping[str, nn.Parameter],
     schedule: Schedule,
     rate_of: Callable[[str], float] | None,
 ) -> torch.optim.AdamW:
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         decay = schedule.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((rate_of(name) if rate_of else 1.0, decay), []).append(parameter)
+        # Sharded parameters and whole ones cannot be in one group: they are updated in one call.
+        key = (rate_of(name) if rate_of else 1.0, decay, isinstance(parameter, DTensor))
+        groups.setdefault(key, []).append(parameter)
     settings: list[dict[str, Any]] = [
         {"params": members, "rate": rate, "weight_decay": decay}
-        for (rate, decay), members in groups.items()
+        for (rate, decay, _), members in groups.items()
     ]
     return torch.optim.AdamW(
         settings,

@@ -52,7 +52,7 @@ def save(
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
         partial.mkdir(parents=True)
-    _wait()
+    wait()
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"weight/{name}"] = parameter.detach()
@@ -63,7 +63,7 @@ def save(
         {name: _local(value).cpu().clone().contiguous() for name, value in tensors.items()},
         partial / _file(rank),
     )
-    _wait()
+    wait()
     if rank == 0:
         facts = {"step": step, "workers": workers, **run}
         (partial / "run.json").write_text(json.dumps(facts, indent=1))
@@ -72,7 +72,7 @@ def save(
         for older in states(folder):
             if older != complete:
                 shutil.rmtree(older)
-    _wait()
+    wait()
 
 
 def load_newest(
@@ -164,6 +164,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Return when all workers are here."""
     if world()[1] > 1:
         dist.barrier()

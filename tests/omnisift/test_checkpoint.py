@@ -13,10 +13,11 @@ from omnisift.checkpoint import (
     identity,
     load_backbone,
     load_tokenizer,
+    published_name,
     read_selector,
     resolve,
 )
-from omnisift.mini.tiny import published_name, write_tiny_model
+from omnisift.mini.tiny import write_tiny_model
 
 
 @pytest.fixture
@@ -79,9 +80,18 @@ def test_parts_compute_what_the_whole_computes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"thinker.lm_head.weight": None}, "missing lm_head.weight"),
-        ({"thinker.visual.blocks.0.norm9.weight": torch.ones(4)}, "unexpected .*norm9"),
-        ({"thinker.model.norm.weight": torch.ones(63)}, "wrongly shaped .*norm.weight"),
+        (
+            {"thinker.lm_head.weight": None},
+            r"missing thinker\.lm_head\.weight \(in none of model\.safetensors\)",
+        ),
+        (
+            {"thinker.visual.blocks.0.norm9.weight": torch.ones(4)},
+            r"unexpected thinker\.visual\.blocks\.0\.norm9\.weight \(in model\.safetensors\)",
+        ),
+        (
+            {"thinker.model.norm.weight": torch.ones(63)},
+            r"thinker\.model\.norm\.weight \(in model\.safetensors\): expected \[64\], got \[63\]",
+        ),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(
@@ -96,9 +106,15 @@ def test_a_tensor_that_does_not_fit_is_named(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"thinker.compressor.v_norm.bias": None}, "v_norm.bias: expected .*got none"),
-        ({"thinker.compressor.extra": torch.ones(2)}, "extra: expected none of this name"),
-        ({"thinker.compressor.a_proj.weight": torch.ones(32, 7)}, r"a_proj.weight: .*\[32, 7\]"),
+        ({"thinker.compressor.v_norm.bias": None}, r"tiny: .*v_norm\.bias: expected .*got none"),
+        (
+            {"thinker.compressor.extra": torch.ones(2)},
+            r"model\.safetensors: .*extra: expected none",
+        ),
+        (
+            {"thinker.compressor.a_proj.weight": torch.ones(32, 7)},
+            r"model\.safetensors: .*a_proj\.weight: .*\[32, 7\]",
+        ),
     ],
 )
 def test_a_selector_tensor_that_does_not_fit_is_named(

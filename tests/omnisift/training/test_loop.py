@@ -17,34 +17,9 @@ from transformers import get_cosine_schedule_with_warmup
 from omnisift.training.curves import read_curves
 from omnisift.training.loop import Schedule, step_seed, train
 from omnisift.training.state import TrainingError, states
+from tests.omnisift.training.loop_worker import run
 
-_RUN = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from torch import nn
-from omnisift.training.loop import Schedule, step_seed, train
-
-folder, die_at = Path(sys.argv[1]), int(sys.argv[2])
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.3), nn.Tanh(), nn.Linear(7, 1))
-
-def loss_of(step):
-    if step == die_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    generator = torch.Generator().manual_seed(step_seed(3, step))
-    x = torch.randn(8, 5, generator=generator)
-    loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
-    return loss, {"accuracy": (loss < 1).float()}
-
-train(loss_of, dict(model.named_parameters()), Schedule(steps=12, learning_rate=0.05),
-      folder=folder, seed=3, checkpoint_every=5, log_every=2)
-"""
-
-
-def _run(folder: Path, die_at: int) -> int:
-    command = [sys.executable, "-c", _RUN, str(folder), str(die_at)]
-    return subprocess.run(command, check=False).returncode
+ROOT = Path(__file__).parents[3]
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -53,12 +28,14 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
-    assert _run(tmp_path / "unbroken", die_at=-1) == 0
+    run(tmp_path / "unbroken", -1)
     broken = tmp_path / "broken"
-    assert _run(broken, die_at=9) == -signal.SIGKILL
+    script = ["-m", "tests.omnisift.training.loop_worker", str(broken), "9"]
+    killed = subprocess.run([sys.executable, *script], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in states(broken)] == ["state-5"]
     assert [line["step"] for line in _lines(broken)] == [2, 4, 5, 6, 8]
-    assert _run(broken, die_at=-1) == 0
+    run(broken, -1)
 
     [one], [other] = states(tmp_path / "unbroken"), states(broken)
     assert one.name == other.name == "state-12"
@@ -69,7 +46,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path) -
     assert (broken / "curves.png").read_bytes()[:4] == b"\x89PNG"
     # Nothing is left to do, so nothing is done.
     before = (other / "run.json").stat().st_mtime_ns
-    assert _run(broken, die_at=0) == 0
+    run(broken, 0)
     assert (other / "run.json").stat().st_mtime_ns == before
 
 
