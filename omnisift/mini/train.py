@@ -38,24 +38,24 @@ FPS = 2
 _SIDE_TOKENS = SIDE // FACTOR
 _SAMPLES = 7  # of the owner map along a token's side
 _OBJECT_SHARE = 0.1  # of a token's pixels, from which on it shows an object
+_TOWERS = ("visual.", "audio_tower.")  # one module down since transformers 5.23
 _HELP_UNTIL, _HELP_AFTER = 0.6, 0.1  # share of the steps; weight of the auxiliary losses behind
 
 
 def shares_for(retain: float) -> DropShares:
-    """Return drop shares that keep `retain` of all tokens at this model's 36 + 25 a second.
+    """Return drop shares that keep `retain` of all tokens of this model's chunks: 72 + 50.
 
     On the line through the published settings (`drop_shares`), whose totals are those of a model
-    with hundreds of video tokens a second.
+    with hundreds of video tokens a second; what each grid and chunk rounds is counted.
     """
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        shares = drop_shares(middle)
-        video = _SIDE_TOKENS**2
-        kept = (1 - shares.video) * video + (1 - shares.audio) * TOKENS_PER_SECOND
-        low, high = (middle, high) if kept < retain * (video + TOKENS_PER_SECOND) else (low, middle)
-    shares = drop_shares(high)
-    return DropShares(round(shares.video, 3), round(shares.audio, 3))
+    video, audio = _SIDE_TOKENS**2, 2 * TOKENS_PER_SECOND
+
+    def kept(shares: DropShares) -> float:
+        dropped = 2 * int(video * shares.video) + int(audio * shares.audio)
+        return 1 - dropped / (2 * video + audio)
+
+    line = [drop_shares(nominal / 1000) for nominal in range(1001)]
+    return min(line, key=lambda shares: abs(kept(shares) - retain))
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,9 @@ class Student(nn.Module):
 
     def trained(self, stage: str) -> dict[str, nn.Parameter]:
         """Return what a stage trains; the towers are frozen behind the first."""
-        frozen = (
-            ("selector.",)
-            if stage == "backbone"
-            else (
-                "model.visual",
-                "model.model.visual",
-                "model.audio_tower",
-                "model.model.audio_tower",
-            )
-            + ("sound_head", "object_head", "look_heads", "cause_head")
-        )
+        heads = ("sound_head", "object_head", "look_heads", "cause_head")
+        tower_names = tuple(f"model.{place}{name}" for place in ("", "model.") for name in _TOWERS)
+        frozen = ("selector.",) if stage == "backbone" else (*tower_names, *heads)
         chosen = {}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen) and "audio_bos_eos" not in name)
@@ -152,7 +144,7 @@ def _roughen_frames(frames: Tensor) -> Tensor:
     shade = torch.randn(batch * num, 1, height // 8, width // 8, device=device)
     noise = torch.randn(batch * num, 1, height, width, device=device)
     rough = _blur(frames.flatten(0, 1), 0.5 * soft, 0.97 + 0.06 * gain, 0.006 * shade, 0.01 * noise)
-    return rough.unflatten(0, (batch, num))
+    return rough.view_as(frames)
 
 
 @fused
@@ -230,7 +222,7 @@ def lay_out(layout: ModelLayout, duration_s: int, device: torch.device) -> Clips
 
 def place(model: Any, clips: Clips, video: Tensor, audio: Tensor) -> Tensor:
     """Return the block's embeddings [B, L, D] from video [B, G, N, D] and audio [B, A, D]."""
-    embeds = model.get_input_embeddings()(clips.ids).expand(len(video), -1, -1)
+    embeds: Tensor = model.get_input_embeddings()(clips.ids).expand(len(video), -1, -1)
     embeds = embeds.index_copy(1, clips.video, video.flatten(1, 2).to(embeds.dtype))
     return embeds.index_copy(1, clips.audio, audio.to(embeds.dtype))
 
@@ -369,7 +361,11 @@ class Trainer:
                 )
         index = torch.stack([result.kept_index for result in results])
         kept = torch.stack([result.embeds for result in results])
-        return kept, clips.positions[:, index], torch.stack([result.keep_mask for result in results])
+        return (
+            kept,
+            clips.positions[:, index],
+            torch.stack([result.keep_mask for result in results]),
+        )
 
     def _plan(self, duration_s: int, number: int, shares: DropShares) -> CompressionPlan:
         block = self._clips(duration_s).block
