@@ -7,9 +7,9 @@ import torch
 
 from omnisift.media import SAMPLE_RATE
 from omnisift.mini.clips import write_clip
+from omnisift.mini.observe import observe
 from omnisift.mini.pictures import draw, plan_pictures
 from omnisift.mini.sounds import heard, plan_sounds, render
-from omnisift.mini.train import observe
 from omnisift.mini.world import Event, Scene, Sound, Thing, draw_scene
 from pipeline.config import MediaConfig
 from pipeline.decoder import decode_file

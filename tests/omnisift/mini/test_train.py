@@ -22,16 +22,14 @@ from omnisift.mini.model import (
     save_checkpoint,
     train_tokenizer,
 )
+from omnisift.mini.observe import observe
 from omnisift.mini.pictures import draw, plan_pictures
 from omnisift.mini.sounds import plan_sounds, render
+from omnisift.mini.student import Exploring, Student, calibrate
 from omnisift.mini.train import (
-    Exploring,
     Recipe,
-    Student,
     Trainer,
-    calibrate,
     lay_out,
-    observe,
     place,
     run_stage,
     shares_for,
