@@ -23,6 +23,7 @@ FOLDER = ROOT / ".demo"
 BUCKET = "demo"
 # Scenes that the small model has not been trained on.
 SCENES = {f"scenes/{number}.mp4": draw_scene(HELD_OUT_SEED, number, 8) for number in range(4)}
+QUESTION = "What is heard in the background?"
 # Real clips with and without sound, renditions of them, and one that is cut off in the middle.
 CLIPS = {
     "bigbuckbunny.mp4": "bigbuckbunny.mp4",
