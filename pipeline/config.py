@@ -1,6 +1,6 @@
 """The configuration: frozen dataclasses are the schema, and refuse nonsense when made."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omnisift.codec import CODECS
@@ -29,6 +29,14 @@ class ListingConfig:
         "file endings taken from a prefix; a manifest names its videos itself",
     )
     hash_content: bool = _key(False, "key local files by their content instead of size and mtime")
+    roots: list[str] = _key(
+        [], "prefixes that videos must lie under; empty: the source's own folder, and any bucket"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a root that no place is under."""
+        for root in self.roots:
+            _require(bool(root.strip()), "listing.roots", "prefixes that are not empty", root)
 
 
 @dataclass(frozen=True)
@@ -80,16 +88,20 @@ class DecodeConfig:
     """Limits of the child process that decodes."""
 
     deadline_s: float = _key(600.0, "seconds one video may take; then error_type decode_timeout")
+    probe_s: float = _key(60.0, "seconds until a file is understood; then error_type probe_timeout")
     memory_limit_bytes: int = _key(4 << 30, "address space of the child beyond its start")
     max_size_bytes: int = _key(16 << 30, "larger objects are refused as too_large")
     max_source_pixels: int = _key(8192 * 4608, "larger frames are refused as too_large")
+    max_duration_s: float = _key(86_400.0, "longer videos are refused as too_long")
+    max_streams: int = _key(128, "files of more streams are refused as too_many_streams")
     temp_dir: str = _key("", "where downloads lie while they are decoded; empty: the system's")
 
     def __post_init__(self) -> None:
         """Refuse limits that let nothing through."""
-        for name in ("deadline_s", "memory_limit_bytes", "max_size_bytes", "max_source_pixels"):
-            value = getattr(self, name)
-            _require(value > 0, f"decode.{name}", "positive", value)
+        for limit in fields(self):
+            if limit.name != "temp_dir":
+                value = getattr(self, limit.name)
+                _require(value > 0, f"decode.{limit.name}", "positive", value)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipeline.media_index import DecodeError, index_video, open_media, video_str
 from pipeline.testing import clips
 
 MEDIA = MediaConfig()
-MAX_PIXELS = DecodeConfig().max_source_pixels
+LIMITS = DecodeConfig()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def decode(folder: Path, name: str, media: MediaConfig = MEDIA) -> Decoded:
     path = clips.render(folder, [name])[name]
-    return decode_file(path, media, max_source_pixels=MAX_PIXELS)
+    return decode_file(path, media, LIMITS)
 
 
 def every_frame(path: Path) -> tuple[list[Fraction], list[NDArray[np.uint8]]]:
@@ -139,7 +139,7 @@ def test_sparse_samples_leave_what_lies_between_undecoded(
             yield frame
 
     monkeypatch.setattr(FrameReader, "_decode", counting)
-    result = decode_file(path, MediaConfig(max_frames=10), max_source_pixels=MAX_PIXELS)
+    result = decode_file(path, MediaConfig(max_frames=10), LIMITS)
     assert len(result.frames) == 10
     assert decoded <= 10 * 13  # a group of pictures each, and what the decoder reorders
 
@@ -242,7 +242,7 @@ def test_flipped_bits_end_in_frames_or_in_a_clear_error(folder: Path) -> None:
         path = folder / "flipped.mp4"
         path.write_bytes(data.tobytes())
         try:
-            decoded = decode_file(path, MEDIA, max_source_pixels=MAX_PIXELS)
+            decoded = decode_file(path, MEDIA, LIMITS)
         except DecodeError as error:
             types.add(error.error_type)
         else:
@@ -253,11 +253,11 @@ def test_flipped_bits_end_in_frames_or_in_a_clear_error(folder: Path) -> None:
 def test_frames_beyond_the_limits_are_refused_before_they_are_decoded(folder: Path) -> None:
     path = clips.render(folder, ["h264_sound.mp4"])["h264_sound.mp4"]
     with pytest.raises(DecodeError, match="320x180 are more than the 1000 pixels") as caught:
-        decode_file(path, MEDIA, max_source_pixels=1000)
+        decode_file(path, MEDIA, DecodeConfig(max_source_pixels=1000))
     assert caught.value.error_type == "too_large"
     clips.encode(folder / "strip.mkv", codec="ffv1", size=(804, 4), num_frames=2)
     with pytest.raises(DecodeError, match="200 times as long as wide"):
-        decode_file(folder / "strip.mkv", MEDIA, max_source_pixels=MAX_PIXELS)
+        decode_file(folder / "strip.mkv", MEDIA, LIMITS)
 
 
 def test_a_playlist_opens_nothing_else(folder: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_playlist_opens_nothing_else(folder: Path) -> None:
         f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile://{target}\n#EXT-X-ENDLIST\n"
     )
     with pytest.raises(DecodeError) as caught:
-        decode_file(playlist, MEDIA, max_source_pixels=MAX_PIXELS)
+        decode_file(playlist, MEDIA, LIMITS)
     assert caught.value.error_type == "not_a_video"
 
 
