@@ -6,6 +6,7 @@ from typing import Any
 from omnisift.codec import CODECS
 from omnisift.compress import DropShares, drop_shares
 from omnisift.methods import METHODS, TRAINED_METHODS
+from pipeline.redaction import holds_secret
 
 
 def _key(default: Any, text: str) -> Any:
@@ -18,6 +19,11 @@ def _key(default: Any, text: str) -> Any:
 def _require(holds: bool, name: str, rule: str, value: Any) -> None:
     if not holds:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def _require_no_secret(name: str, value: str) -> None:
+    if holds_secret(value):
+        raise ValueError(f"{name} holds credentials; leave them to the environment")
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class ListingConfig:
     def __post_init__(self) -> None:
         """Refuse a root that no place is under."""
         for root in self.roots:
+            _require_no_secret("listing.roots", root)
             _require(bool(root.strip()), "listing.roots", "prefixes that are not empty", root)
 
 
@@ -154,6 +161,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         """Refuse codecs that do not exist."""
+        _require_no_secret("cache.path", self.path)
         _require(
             self.codec in ("auto", *CODECS),
             "cache.codec",
@@ -228,6 +236,7 @@ class StorageConfig:
 
     def __post_init__(self) -> None:
         """Refuse to try never."""
+        _require_no_secret("storage.endpoint_url", self.endpoint_url)
         _require(self.attempts >= 1, "storage.attempts", "at least 1", self.attempts)
         _require(self.timeout_s > 0, "storage.timeout_s", "positive", self.timeout_s)
 
@@ -277,6 +286,8 @@ class CaptionConfig:
 
     def __post_init__(self) -> None:
         """Refuse a job without a corpus or a place for its answers."""
+        for name in ("source", "output", "model"):
+            _require_no_secret(name, getattr(self, name))
         _require(bool(self.source), "source", "a prefix or a manifest", self.source)
         _require(bool(self.output), "output", "a prefix to write to", self.output)
         _require(bool(self.model), "model", "a folder or a hub id", self.model)
@@ -355,6 +366,7 @@ class ShowConfig:
 
     def __post_init__(self) -> None:
         """Refuse an output that is not named and a status there is not."""
+        _require_no_secret("output", self.output)
         _require(bool(self.output), "output", "a prefix to read from", self.output)
         _require(self.status in ("", "ok", "failed"), "status", "ok or failed", self.status)
         _require(self.limit >= 1, "limit", "at least 1", self.limit)
@@ -374,6 +386,8 @@ class CompactConfig:
 
     def __post_init__(self) -> None:
         """Refuse an output that is not named and sizes that merge nothing."""
+        for name in ("output", "cache"):
+            _require_no_secret(name, getattr(self, name))
         _require(bool(self.output), "output", "a prefix to compact", self.output)
         _require(self.target_bytes >= 1, "target_bytes", "at least 1", self.target_bytes)
         _require(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
@@ -394,6 +408,8 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         """Refuse an output that is not named."""
+        for name in ("output", "cache"):
+            _require_no_secret(name, getattr(self, name))
         _require(bool(self.output), "output", "a prefix to check", self.output)
 
     @property

@@ -31,6 +31,7 @@ from botocore.exceptions import (
 )
 
 from pipeline.config import StorageConfig
+from pipeline.redaction import redact
 
 _T = TypeVar("_T")
 
@@ -63,7 +64,8 @@ class StorageError(Exception):
     """
 
     def __init__(self, error_type: str, message: str) -> None:
-        super().__init__(error_type, message)  # both arguments: it must survive pickling
+        # both arguments: it must survive pickling
+        super().__init__(error_type, redact(message))
         self.error_type = error_type
 
     def __str__(self) -> str:
@@ -452,7 +454,13 @@ def _list_local(prefix: str) -> Iterator[ObjectInfo]:
         yield _stat_local(prefix)
         return
     for path in _guard_local(prefix, lambda: _walk(root)):
-        yield _stat_local(path)
+        try:
+            yield _stat_local(path)
+        except StorageError as error:
+            if error.error_type != "not_found":
+                raise
+            if Path(path).is_symlink():  # that leads nowhere: who opens it says so
+                yield ObjectInfo(path, 0, "", 0)
 
 
 def _write_local(path: Path, data: bytes | memoryview | pa.Buffer) -> None:

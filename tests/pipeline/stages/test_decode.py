@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pipeline import rows
+from pipeline.boundary import Roots
 from pipeline.config import DecodeConfig, MediaConfig, StorageConfig
 from pipeline.decoder import decode_file
 from pipeline.decoder_process import DecoderProcess
@@ -24,6 +25,7 @@ from pipeline.storage import ObjectInfo, StorageError
 from pipeline.testing import clips
 
 MEDIA = MediaConfig()
+ROOTS = Roots(("/",), None)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decode]:
     limits = DecodeConfig(temp_dir=str(tmp_path_factory.mktemp("temp")))
-    stage = Decode(MEDIA, limits, StorageConfig(attempts=1))
+    stage = Decode(MEDIA, limits, StorageConfig(attempts=1), ROOTS)
     yield stage
     stage.close()
 
@@ -109,7 +111,7 @@ def test_a_file_that_changed_since_the_listing_is_not_decoded(stage: Decode, fol
 
 
 def test_an_object_over_the_size_limit_is_not_fetched(folder: Path, tmp_path: Path) -> None:
-    stage = Decode(MEDIA, DecodeConfig(max_size_bytes=5, temp_dir=str(tmp_path)), StorageConfig())
+    stage = Decode(MEDIA, DecodeConfig(max_size_bytes=5, temp_dir=str(tmp_path)), StorageConfig(), ROOTS)
     (row,) = run(stage, identity(folder / "never-opened.mp4"))
     stage.close()
     assert row["error_type"] == "too_large"
@@ -241,9 +243,9 @@ def test_folders_of_killed_actors_are_swept_and_those_of_living_ones_are_not(
     left = Path(tempfile.mkdtemp(prefix="video-decode-", dir=tmp_path))  # nobody holds its lock
     (left / "video.mp4").write_bytes(b"half a download")
     limits = DecodeConfig(temp_dir=str(tmp_path))
-    first = Decode(MEDIA, limits, StorageConfig())
+    first = Decode(MEDIA, limits, StorageConfig(), ROOTS)
     assert not left.exists()
-    second = Decode(MEDIA, limits, StorageConfig())
+    second = Decode(MEDIA, limits, StorageConfig(), ROOTS)
     assert first._temp_dir.is_dir()
     assert second._temp_dir.is_dir()
     first.close()
