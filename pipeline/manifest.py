@@ -145,7 +145,9 @@ def _parquet(file: Any) -> Iterator[_Line]:
 def _csv(file: Any) -> Iterator[_Line]:
     # Bytes that are not UTF-8 become lone surrogates, and so fail their own line alone.
     with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(_lines(text), strict=True)  # else an open quote swallows the rest unsaid
+        reader = csv.reader(
+            _lines(text), strict=True
+        )  # else an open quote swallows the rest unsaid
         header = next(reader, [])
         if not _NAMES & set(header):
             found = ",".join(header)[:200]
@@ -209,7 +211,7 @@ def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] 
         key = ask["video_key"]
         if key is None:
             return "it has no uri and no video_key"
-        return ask if _KEY.match(key) else f"video_key {key!r:.80} is not 64 hex digits"
+        return ask if _KEY.match(key) else "video_key is not 64 hex digits"
     ask["video_key"] = None  # the uri says which object is meant, as it is now
     if holds_secret(uri):
         return "its uri holds credentials or is presigned; give them in the environment"

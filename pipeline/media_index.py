@@ -129,8 +129,8 @@ def check_duration(duration_s: float, *, max_duration_s: float) -> None:
     if duration_s > max_duration_s:
         raise DecodeError(
             "too_long",
-            f"{duration_s:.0f} s are more than the {max_duration_s:g} of decode.max_duration_s; cut "
-            "the video, or raise it and run once with retry.failed=true",
+            f"{duration_s:.1f} s are more than the {max_duration_s:g} of decode.max_duration_s; "
+            "cut the video, or raise it and run once with retry.failed=true",
         )
 
 

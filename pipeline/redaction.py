@@ -10,7 +10,7 @@ _SIGNED = (
     r"Credential)|Signature|Credential|sig)"
 )
 _SIGNED_QUERY = re.compile(rf"[?&]{_SIGNED}=", re.IGNORECASE)
-_SIGNED_VALUE = re.compile(rf"(\b{_SIGNED}=)[^&\s'\"<>,)]+", re.IGNORECASE)
+_SIGNED_VALUE = re.compile(rf"([?&]{_SIGNED}=)[^&\s'\"<>,)]+", re.IGNORECASE)
 _USER_INFO = re.compile(r"(?<=://)[^\s/@'\"]*(?::[^\s@'\"]*)?@")
 _S3_BUCKET = re.compile(r"s3://(?!arn:)[^/]*[@:]", re.IGNORECASE)  # no bucket has these in its name
 _VARIABLES = (

@@ -111,7 +111,9 @@ def test_a_file_that_changed_since_the_listing_is_not_decoded(stage: Decode, fol
 
 
 def test_an_object_over_the_size_limit_is_not_fetched(folder: Path, tmp_path: Path) -> None:
-    stage = Decode(MEDIA, DecodeConfig(max_size_bytes=5, temp_dir=str(tmp_path)), StorageConfig(), ROOTS)
+    stage = Decode(
+        MEDIA, DecodeConfig(max_size_bytes=5, temp_dir=str(tmp_path)), StorageConfig(), ROOTS
+    )
     (row,) = run(stage, identity(folder / "never-opened.mp4"))
     stage.close()
     assert row["error_type"] == "too_large"
