@@ -30,6 +30,9 @@ _OPTIONS = {
     "enable_drefs": "0",
     "max_streams": "100000",
 }
+# How reading packets ends before its time. IndexError: PyAV, behind the last packet, counts streams
+# that appeared in the middle of an MPEG-TS; by then every packet has been handed on.
+ENDS = (av.FFmpegError, IndexError)
 _LATEST_SHORTFALL_S = 1.0
 _SHORTFALL_SHARE = 0.05
 
@@ -204,7 +207,7 @@ def index_video(container: InputContainer, stream: VideoStream) -> VideoIndex:
             packets.add(packet)
     except MemoryError:
         raise
-    except av.FFmpegError:
+    except ENDS:
         pass  # a file that breaks off; what is missing is judged below
     tick_s = float(stream.time_base or 1)
     found_s = max(0, packets.end - packets.first) * tick_s

@@ -12,6 +12,7 @@ from av.stream import Discard
 from numpy.typing import NDArray
 
 from omnisift.media import SAMPLE_RATE
+from pipeline.media_index import ENDS
 
 _JITTER_S = 0.1  # stamps of sound wander by less than this; more is a gap
 
@@ -102,5 +103,5 @@ def _decode(container: InputContainer, stream: AudioStream) -> Iterator[AudioFra
                 continue
     except MemoryError:
         raise
-    except av.FFmpegError:
+    except ENDS:
         return

@@ -51,7 +51,8 @@ def bait(folder: Path) -> Iterator[Bait]:
             try:  # refused while nobody has it open to read
                 writer = os.open(laid.pipe, os.O_WRONLY | os.O_NONBLOCK)
             except OSError as error:
-                assert error.errno == errno.ENXIO
+                if error.errno != errno.ENXIO:
+                    raise
             else:
                 laid.taken.append("pipe")
                 os.close(writer)  # the reader meets the end of the file
@@ -72,13 +73,14 @@ def bait(folder: Path) -> Iterator[Bait]:
 
 def playlists(path: Path, port: int) -> dict[str, bytes]:
     """Return files that lead to `path` and to the address, by name."""
-    found = {}
+    found: dict[str, bytes] = {}
     for name, target in (("file", f"file://{path}"), ("http", f"http://127.0.0.1:{port}/a.ts")):
         hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{target}\n#EXT-X-ENDLIST\n"
         dash = (
             '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
-            'mediaPresentationDuration="PT5S" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011">'
-            '<Period><AdaptationSet mimeType="video/mp4"><Representation id="1" bandwidth="1">'
+            'mediaPresentationDuration="PT5S" '
+            'profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period>'
+            '<AdaptationSet mimeType="video/mp4"><Representation id="1" bandwidth="1">'
             f"<BaseURL>{target}</BaseURL></Representation></AdaptationSet></Period></MPD>"
         )
         found |= {
