@@ -98,7 +98,7 @@ def read_manifest(storage: Storage, manifest: str) -> Manifest:
                 batches.append(pa.Table.from_pylist(asks, ASKS))
     except StorageError as error:
         raise StartupError(f"source={manifest}: the manifest cannot be read: {error}") from error
-    except (OSError, pa.ArrowException, csv.Error, _UnusableError) as error:
+    except (OSError, pa.ArrowException, csv.Error, UnicodeDecodeError, _UnusableError) as error:
         raise StartupError(
             f"source={manifest}: the manifest cannot be read: {error}; it must be a .parquet, "
             ".csv or .jsonl file with a column uri or video_key, and may have prompt and prompt_id"
@@ -137,9 +137,21 @@ def _parquet(file: Any) -> Iterator[_Line]:
             raise _UnusableError(f"its column {name} is {kind}, not a string")
     line = 0
     for batch in part.iter_batches(batch_size=_PARQUET_BATCH, columns=names):
-        for record in batch.to_pylist():
+        for record in _records(batch):
             line += 1
             yield line, record
+
+
+def _records(batch: pa.RecordBatch) -> list[Mapping[str, Any] | str]:
+    """Return the rows; Parquet's strings may hold bytes that are no text, which fail their row."""
+    try:
+        records: list[Mapping[str, Any] | str] = batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return ["it is not UTF-8"]
+        middle = len(batch) // 2
+        return _records(batch.slice(0, middle)) + _records(batch.slice(middle))
+    return records
 
 
 def _csv(file: Any) -> Iterator[_Line]:
