@@ -31,7 +31,7 @@ from botocore.exceptions import (
 )
 
 from pipeline.config import StorageConfig
-from pipeline.redaction import redact
+from pipeline.redaction import holds_secret, redact
 
 _T = TypeVar("_T")
 
@@ -245,6 +245,11 @@ class Storage:
         with self._lock:
             if self._made is None or self._made_in_pid != os.getpid():
                 endpoint = self._config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
+                for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+                    if holds_secret(os.environ.get(name, "")):  # botocore's errors repeat it
+                        raise StorageError(
+                            "forbidden", f"{name} holds credentials; set them in AWS_* variables"
+                        )
                 self._made = boto3.session.Session().client(
                     "s3",
                     endpoint_url=endpoint or None,
