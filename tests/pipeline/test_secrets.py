@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def _start(
 
 
 @pytest.fixture(scope="module")
-def traces(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traces]:
+def traces(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Traces:
     folder, client = tmp_path_factory.mktemp("secrets"), s3.client()
     bucket = f"secrets-{uuid.uuid4().hex[:12]}"
     client.create_bucket(Bucket=bucket)
@@ -99,7 +98,7 @@ def traces(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
         for entry in found
     }
     secrets = [CANARY.encode(), s3.access_key.encode(), s3.secret_key.encode()]
-    yield Traces(done.stdout + done.stderr, ray, objects, bucket, secrets)
+    return Traces(done.stdout + done.stderr, ray, objects, bucket, secrets)
 
 
 def test_the_run_met_every_failure(traces: Traces) -> None:
