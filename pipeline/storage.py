@@ -462,10 +462,10 @@ def _list_local(prefix: str) -> Iterator[ObjectInfo]:
         try:
             yield _stat_local(path)
         except StorageError as error:
-            if error.error_type != "not_found":
-                raise
             if Path(path).is_symlink():  # that leads nowhere: who opens it says so
                 yield ObjectInfo(path, 0, "", 0)
+            elif error.error_type != "not_found":  # else it is gone since
+                raise
 
 
 def _write_local(path: Path, data: bytes | memoryview | pa.Buffer) -> None:

@@ -116,6 +116,7 @@ def test_links_in_a_listed_folder_lead_nowhere_else(world: Path) -> None:
     videos = world / "videos"
     (videos / "link.mp4").symlink_to(world / "secret.mp4")
     (videos / "nowhere.mp4").symlink_to("gone.mp4")
+    (videos / "circle.mp4").symlink_to("circle.mp4")
     (videos / "door").symlink_to(world / "videos-2")
     found = work(world, videos)
     assert {Path(uri).name: kind for uri, kind in found.items()} == {
@@ -123,6 +124,7 @@ def test_links_in_a_listed_folder_lead_nowhere_else(world: Path) -> None:
         "b.mp4": None,
         "link.mp4": "outside_root",
         "nowhere.mp4": None,  # within: decode says that there is nothing
+        "circle.mp4": None,
     }
 
 
