@@ -104,7 +104,8 @@ def test_broken_media_cost_no_worker_and_no_row(
         pools=PoolsConfig(decode_actors=1, decode_cpus=0.5),
     )
     start = time.monotonic()
-    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+    # "local": not the cluster of another test
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     try:
         with watch(config.decode.temp_dir) as seen:
             report = caption_corpus(config)
