@@ -243,7 +243,8 @@ def _probe(
         return _failed(uri, [default], "bad_manifest_row", message)
     uri = candidate.uri
     try:
-        roots.check(uri)
+        if not candidate.video_key:  # an earlier run let it in; decode opens it under the roots
+            roots.check(uri)
         info = candidate.info or storage.stat(uri)
         hashed = hash_content and not candidate.video_key and not uri.startswith(S3)
         content = _sha256(storage, uri) if hashed else None
