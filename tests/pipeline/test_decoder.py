@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -184,6 +185,29 @@ def test_sound_is_the_mean_of_the_channels_at_16_khz(folder: Path, name: str) ->
     error = sound[:length] - expected[:length]
     # Two resamplers differ near 8 kHz; a sample of delay would already be 10 times this.
     assert np.sqrt(np.mean(error**2)) < 0.05 * np.sqrt(np.mean(expected**2))
+
+
+def test_sound_of_many_channels_is_their_mean(folder: Path) -> None:
+    path = folder / "sixteen.mkv"
+    levels = np.arange(16, dtype=np.int16) * 1000
+    with av.open(str(path), "w") as output:
+        video: Any = output.add_stream("mpeg4", rate=25)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        sound: Any = output.add_stream("pcm_s16le", rate=SAMPLE_RATE)
+        sound.codec_context.layout = "hexadecagonal"
+        picture = av.VideoFrame.from_ndarray(np.zeros((48, 32), np.uint8), format="yuv420p")
+        for number in range(25):
+            picture.pts = number
+            output.mux(video.encode(picture))
+        samples = np.tile(levels, SAMPLE_RATE)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="hexadecagonal")
+        frame.sample_rate, frame.pts = SAMPLE_RATE, 0
+        output.mux(sound.encode(frame))
+        output.mux(video.encode(None))
+        output.mux(sound.encode(None))
+    decoded = decode_file(path, MEDIA, LIMITS)
+    assert len(decoded.audio) == SAMPLE_RATE
+    assert np.allclose(decoded.audio, levels.mean() / 32768, atol=1e-4)
 
 
 def test_sound_that_starts_late_is_preceded_by_silence(folder: Path) -> None:
