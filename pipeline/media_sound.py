@@ -59,7 +59,7 @@ class _Track:
         if kind != self._kind or abs(start_s - self._end_s) > _JITTER_S:
             self._flush()
             self._kind = kind
-            # Packed: of planar sound PyAV finds the first eight channels, and reads anywhere for more.
+            # Packed: of planar sound PyAV finds eight channels, and reads anywhere for more.
             self._resampler = AudioResampler("flt", frame.layout, SAMPLE_RATE)
             self._cursor = round(start_s * SAMPLE_RATE)
             self._end_s = start_s
