@@ -70,6 +70,10 @@ class Roots:
         return path
 
 
+# Of a list that the operator wrote, as the data to train on: any file, any bucket.
+ANYWHERE = Roots(("/",), None)
+
+
 def roots_of(config: CaptionConfig) -> Roots:
     """Return the roots in force: those configured, or the source's own folder and any bucket."""
     if config.listing.roots:

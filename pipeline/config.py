@@ -331,6 +331,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is not named and what cannot train."""
+        for name in ("data", "output", "model"):
+            _require_no_secret(name, getattr(self, name))
         _require(bool(self.data), "data", "a JSONL file", self.data)
         local = bool(self.output) and "://" not in self.output
         _require(local, "output", "a folder (states are written by all workers)", self.output)
