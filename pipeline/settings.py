@@ -9,6 +9,7 @@ import transformers
 from omnisift.checkpoint import SelectorWeights, identity
 from omnisift.codec import CODECS, Codec
 from pipeline import keys
+from pipeline.boundary import roots_of
 from pipeline.config import CaptionConfig
 from pipeline.stages.answer import AnswerSettings
 from pipeline.stages.compress import CompressSettings
@@ -119,7 +120,12 @@ def make_settings(
         cache_folder=cache_folder,
         ingredients=ingredients,
         answer_fingerprint=answer_fingerprint,
-        decode={"media": config.media, "decode": config.decode, "storage": config.storage},
+        decode={
+            "media": config.media,
+            "decode": config.decode,
+            "storage": config.storage,
+            "roots": roots_of(config),
+        },
         compress={"settings": compress},
         write_cache={
             "storage": storage,
