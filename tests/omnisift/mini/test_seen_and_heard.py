@@ -11,7 +11,7 @@ from omnisift.mini.observe import observe
 from omnisift.mini.pictures import draw, plan_pictures
 from omnisift.mini.sounds import heard, plan_sounds, render
 from omnisift.mini.world import Event, Scene, Sound, Thing, draw_scene
-from pipeline.config import MediaConfig
+from pipeline.config import DecodeConfig, MediaConfig
 from pipeline.decoder import decode_file
 
 RED = Thing("red", "circle", "large", 22.0, (50.0, 60.0), (0.0, 0.0), 4.0)
@@ -117,7 +117,7 @@ def test_a_clip_decodes_to_what_was_drawn_and_heard(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "clip.mp4", scene)
     side = 168 * 168
     media = MediaConfig(min_pixels=side, max_pixels=side)
-    decoded = decode_file(path, media, max_source_pixels=10**6)
+    decoded = decode_file(path, media, DecodeConfig())
     frames, _ = draw(plan_pictures([scene]), torch.arange(12) / 2)
     drawn = (frames[0].permute(0, 2, 3, 1).numpy() * 255).round()
     assert decoded.frames.shape == drawn.shape
