@@ -12,8 +12,10 @@ import pyarrow.compute as pc
 
 from pipeline import rows
 from pipeline.answers import find_run_files
+from pipeline.gone_videos import Gone
 from pipeline.keys import plain
 from pipeline.parquet import read_columns
+from pipeline.readers_view import DELETED
 from pipeline.stages.source import WorkCounts
 from pipeline.storage import Storage, join
 
@@ -70,6 +72,9 @@ class Report:
     retained: float  # share of the tokens kept; 0 when there were none
     video_s: float
     stages: list[StageReport]
+    gone: int  # videos that earlier runs know and the prefix has lost; all: gone.parquet
+    removed: int  # of them, with sync.delete=true
+    gone_examples: list[str]
     warnings: list[str]
     examples: list[Example]
     see_failures: str  # a command
@@ -84,6 +89,7 @@ def make_report(
     actors: Mapping[str, int],
     wall_s: float,
     warnings: Sequence[str] = (),
+    gone: Gone = Gone(),  # noqa: B008 (frozen)
     answered: bool = True,
 ) -> Report:
     """Recount what the run wrote; `actors` says how many each of STAGES had.
@@ -96,6 +102,7 @@ def make_report(
     files = find_run_files(storage, join(output, run_id))
     videos = _distinct(storage, files, "videos-", rows.VIDEOS, ["video_key"])
     answers = _distinct(storage, files, "answers-", _ANSWERS, ["video_key", "prompt_id"])
+    answers = answers.filter(pc.not_equal(answers.column("status"), DELETED))
     _require_all("videos", counts.fresh + counts.cached + counts.failed, videos.num_rows, run_id)
     if answered:
         _require_all("prompts", counts.prompts, answers.num_rows, run_id)
@@ -120,6 +127,9 @@ def make_report(
         retained=after / before if before else 0.0,
         video_s=_total(good, "duration_s"),
         stages=[_stage(stage, videos, actors.get(stage, 1)) for stage in STAGES],
+        gone=len(gone.absent),
+        removed=len(gone.removed),
+        gone_examples=list((gone.removed or gone.absent)[:_MAX_EXAMPLES]),
         warnings=list(warnings),
         examples=_examples(bad),
         see_failures=f"python jobs/show_answers.py output={output} status=failed run={run_id}",
@@ -156,9 +166,22 @@ def render(report: Report) -> str:
     if report.tokens_before:
         lines += ["", _tokens(report)]
     lines += [*_speed(report), *_failures(report)]
+    lines += _gone(report)
     lines += ["", *(f"warning: {warning}" for warning in report.warnings)]
     lines.append(f"answers and report.json: {join(report.output, report.run_id)}")
     return "\n".join(lines)
+
+
+def _gone(report: Report) -> list[str]:
+    if not report.gone:
+        return []
+    done = f"{report.removed:,} of them removed"
+    if not report.removed:
+        done = "sync.delete=true removes their answers and tokens"
+    lines = ["", f"{report.gone:,} known videos are gone from the source; {done}"]
+    lines += [f"  {uri}" for uri in report.gone_examples]
+    lines.append(f"all of them: {join(report.output, report.run_id, 'gone.parquet')}")
+    return lines
 
 
 def _tokens(report: Report) -> str:
