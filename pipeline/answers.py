@@ -228,7 +228,12 @@ class AnswerIndex:
                     self.unreadable.append(uri)
                 else:
                     tables.append(table)
-        self.orphans = [uri for uri in files.orphans if uri not in self.unreadable]
+        # A file that somebody copied in part is adopted by no run: its rows are done again.
+        self.orphans = [
+            uri
+            for uri in files.orphans
+            if uri not in self.unreadable and (is_answers(uri) or _is_readable(storage, uri))
+        ]
         seen = pa.concat_tables(tables)
         own = seen.column("own")
         ok = pc.equal(seen.column("status"), "ok")
@@ -302,6 +307,15 @@ _SEEN = pa.schema(
         ("ask", pa.binary(32)),
     ]
 )
+
+
+def _is_readable(storage: Storage, uri: str) -> bool:
+    try:
+        count_rows(storage, uri)
+    except (*UNREADABLE, StorageError) as error:
+        log.warning("videos file %s cannot be read, it is left out: %s", uri, error)
+        return False
+    return True
 
 
 def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:

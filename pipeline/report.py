@@ -16,6 +16,7 @@ from pipeline.gone_videos import Gone
 from pipeline.keys import plain
 from pipeline.parquet import read_columns
 from pipeline.readers_view import DELETED
+from pipeline.retry import next_try
 from pipeline.stages.source import WorkCounts
 from pipeline.storage import Storage, join
 
@@ -64,6 +65,7 @@ class Report:
     videos_ok: int
     videos_failed: int
     failed_by_type: dict[str, int]  # videos, and prompts of videos that did not fail themselves
+    next_try: dict[str, str]  # what pipeline.retry says of each of these types
     answers_ok: int
     answers_failed: int
     cache_hits: int
@@ -108,6 +110,7 @@ def make_report(
         _require_all("prompts", counts.prompts, answers.num_rows, run_id)
     good = videos.filter(pc.is_null(videos.column("error_type")))
     bad = answers.filter(pc.equal(answers.column("status"), "failed"))
+    by_type = _by_type(videos, bad)
     before = _total(good, "num_video_tokens", "num_audio_tokens")
     after = _total(good, "kept_video_tokens", "kept_audio_tokens")
     return Report(
@@ -118,7 +121,8 @@ def make_report(
         videos=videos.num_rows,
         videos_ok=good.num_rows,
         videos_failed=videos.num_rows - good.num_rows,
-        failed_by_type=_by_type(videos, bad),
+        failed_by_type=by_type,
+        next_try={name: next_try(name) for name in by_type},
         answers_ok=answers.num_rows - bad.num_rows,
         answers_failed=bad.num_rows,
         cache_hits=int(_total(good, "cache_hit")),
@@ -220,7 +224,10 @@ def _failures(report: Report) -> list[str]:
     if not report.failed_by_type:
         return []
     lines = ["", "failures by error_type"]
-    lines += [f"  {count:>8,}  {name}" for name, count in report.failed_by_type.items()]
+    lines += [
+        f"  {count:>8,}  {name}: {report.next_try[name]}"
+        for name, count in report.failed_by_type.items()
+    ]
     shown = len(report.examples)
     lines.append(f"the first {shown}:" if shown > 1 else "it is:")
     for example in report.examples:

@@ -30,6 +30,7 @@ from botocore.exceptions import (
 
 from pipeline import storage_local
 from pipeline.config import StorageConfig
+from pipeline.retry import passes
 from pipeline.storage_errors import (
     S3,
     ObjectInfo,
@@ -37,7 +38,6 @@ from pipeline.storage_errors import (
     changed,
     forbidden,
     missing,
-    passes,
     refused,
     shown,
     split,
@@ -270,7 +270,8 @@ class Storage:
             try:
                 return call(self._client())
             except ClientError as error:
-                if not passes(error):
+                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+                if not passes(status, error.response["Error"]["Code"]):
                     raise refused(uri, error) from error
                 fault: Exception = error
             except _BROKEN_BODY as error:

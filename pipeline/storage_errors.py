@@ -1,4 +1,4 @@
-"""What may be wrong with an object, in words that say what to do; which answers of S3 pass."""
+"""What may be wrong with an object, in words that say what to do."""
 
 import os
 from dataclasses import dataclass
@@ -9,16 +9,17 @@ from botocore.exceptions import ClientError
 S3 = "s3://"
 
 _MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
-_FORBIDDEN = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
-_CHANGED = {"412", "416", "PreconditionFailed", "InvalidRange"}
-_BUSY = {
-    "ConditionalRequestConflict",
-    "SlowDown",
-    "RequestTimeout",
-    "Throttling",
-    "ThrottlingException",
-    "ServiceUnavailable",
+_FORBIDDEN = {
+    "401",
+    "403",
+    "AccessDenied",
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
 }
+_CHANGED = {"412", "416", "PreconditionFailed", "InvalidRange"}
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,6 @@ def split(uri: str) -> tuple[str, str]:
 def shown(uri: str) -> str:
     """Return the uri as messages may show it: without credentials."""
     return S3 + "/".join(split(uri)) if uri.startswith(S3) else uri
-
-
-def passes(error: ClientError) -> bool:
-    """Say whether an answer of S3 is of the kind that another try may mend."""
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status >= 500 or status == 429 or error.response["Error"]["Code"] in _BUSY
 
 
 def refused(uri: str, error: ClientError) -> StorageError:
