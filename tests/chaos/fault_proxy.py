@@ -63,6 +63,7 @@ class FaultProxy:
     port: int = 0
     gone_until: float = 0.0  # of time.monotonic: until then no connection is answered
     counts: Counter[str] = field(default_factory=Counter)
+    keys_from: float = 0.0  # keys issued before that have expired
     keys_seen: set[str] = field(default_factory=set)
     deck: list[str] = field(default_factory=list)
 
@@ -87,7 +88,8 @@ class FaultProxy:
         if self.keys is not None:
             key = headers["authorization"].partition("Credential=")[2].partition("/")[0]
             self.keys_seen.add(key)
-            if time.time() - float(key.partition("-")[2]) > self.keys.lifetime_s:
+            issued = float(key.partition("-")[2])
+            if issued < max(self.keys_from, time.time() - self.keys.lifetime_s):
                 return "expired"
         return self.draw()
 

@@ -1,9 +1,11 @@
 """A corpus on the S3 server, and a job over it that is started again and again."""
 
+import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -41,11 +43,16 @@ class Night:
     output: str
     log: Path
     endpoint_url: str = ""
+    videos: str = "videos"  # prefix of the corpus
+    cache: str = ""
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    own_ray: bool = False  # of the job alone, so that its workers have its environment
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, *, new_session: bool = False) -> subprocess.Popen[bytes]:
         """Start the job, always by the same command."""
         arguments = [
-            f"source=s3://{self.bucket}/videos",
+            f"source=s3://{self.bucket}/{self.videos}",
             f"output={self.output}",
             f"model={self.model}",
             "media.min_pixels=3136",
@@ -57,15 +64,20 @@ class Night:
             "cache.videos_per_file=1",
             "pools.decode_actors=1",
             f"storage.endpoint_url={self.endpoint_url}",
+            f"cache.path={self.cache}",
+            *self.arguments,
         ]
         environment = {**self.cluster.environment, "RAY_ADDRESS": self.cluster.address}
+        if self.own_ray:
+            environment = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, str(ROOT / "jobs" / "caption_corpus.py"), *arguments],
-                env={**environment, "PYTHONWARNINGS": "ignore"},
+                env={**environment, "PYTHONWARNINGS": "ignore", **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=new_session,
             )
 
     def run(self) -> int:
@@ -80,7 +92,7 @@ class Night:
     def seen(self) -> Seen:
         """Return what readers see; nothing is there twice, at any moment."""
         found = read_answers(self.output, STORAGE).to_pylist()
-        prefix = f"s3://{self.bucket}/videos/"
+        prefix = f"s3://{self.bucket}/{self.videos}/"
         seen = {
             row["uri"].removeprefix(prefix): (row["status"], row["text"] or row["error_type"])
             for row in found
@@ -91,7 +103,7 @@ class Night:
     def faults(self) -> list[str]:
         """Return what jobs/verify.py would say."""
         faults = list(verify_output(STORAGE, self.output))
-        for folder in find_folders(STORAGE, f"{self.output}/cache"):
+        for folder in find_folders(STORAGE, self.cache or f"{self.output}/cache"):
             faults += verify_cache(STORAGE, folder)
         return faults
 
@@ -99,10 +111,12 @@ class Night:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
 
 
-def table_line(fault: str, runs: int, seen: Seen, start: float) -> tuple[str, str]:
+def table_line(
+    fault: str, runs: int, seen: Seen, start: float, *, num_videos: int = NUM_VIDEOS
+) -> tuple[str, str]:
     spent = time.monotonic() - start
     rows = len(seen)  # Night.seen refuses what is there twice
-    return "chaos", f"{fault:<44}{runs:>5}{NUM_VIDEOS:>10}{rows:>6}{rows:>10}{spent:>6.0f}"
+    return "chaos", f"{fault:<44}{runs:>5}{num_videos:>10}{rows:>6}{rows:>10}{spent:>6.0f}"
 
 
 def mend(night: Night, expected: Seen) -> int:
@@ -114,10 +128,20 @@ def mend(night: Night, expected: Seen) -> int:
     pytest.fail(f"after {_RUNS} runs: {night.seen()}, wanted {expected}\n{night.tail()}")
 
 
-def num_objects(night: Night) -> int:
+def wait_for(what: str, is_so: Callable[[], bool], running: subprocess.Popen[bytes]) -> None:
+    """Return when something has come about in a run; fail when the run ends first."""
+    deadline = time.monotonic() + RUN_DEADLINE_S
+    while not is_so():
+        assert running.poll() is None, f"the run ended before {what}"
+        assert time.monotonic() < deadline, f"no {what} in {RUN_DEADLINE_S:.0f} s"
+        time.sleep(0.02)
+
+
+def names(night: Night) -> list[str]:
+    """Return the uris of all objects of an output."""
     try:
-        return sum(1 for _ in STORAGE.list(night.output))
+        return [info.uri for info in STORAGE.list(night.output)]
     except StorageError as error:
         if error.error_type != "not_found":
             raise
-        return 0
+        return []

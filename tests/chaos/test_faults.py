@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.testing.s3_server import S3Server
 from tests.chaos.fault_proxy import Shares, fault_proxy
-from tests.chaos.night import NUM_VIDEOS, RUN_DEADLINE_S, Night, Seen, mend, num_objects, table_line
+from tests.chaos.night import NUM_VIDEOS, RUN_DEADLINE_S, Night, Seen, mend, names, table_line
 
 pytestmark = pytest.mark.slow
 
@@ -27,9 +27,9 @@ def _await_moment(
         with suppress(subprocess.TimeoutExpired):
             running.wait(moments.uniform(0.05, 0.8) * typical_s)
         return
-    wanted = num_objects(night) + moments.randint(1, 3 * NUM_VIDEOS)
+    wanted = len(names(night)) + moments.randint(1, 3 * NUM_VIDEOS)
     deadline = time.monotonic() + RUN_DEADLINE_S
-    while running.poll() is None and time.monotonic() < deadline and num_objects(night) < wanted:
+    while running.poll() is None and time.monotonic() < deadline and len(names(night)) < wanted:
         time.sleep(0.02)
 
 
@@ -93,10 +93,11 @@ def test_workers_that_are_killed(
 @pytest.mark.parametrize(
     ("name", "shares"),
     [
-        ("20 % 503", Shares(busy=0.2, reset=0, cut=0)),
-        ("10 % connections reset", Shares(busy=0, reset=0.1, cut=0)),
-        ("10 % bodies cut in half", Shares(busy=0, reset=0, cut=0.1)),
-        ("20 % 503, 10 % reset, 10 % cut", Shares()),
+        ("20 % 503", Shares(busy=0.2)),
+        ("10 % connections reset", Shares(reset=0.1)),
+        ("10 % bodies cut in half", Shares(cut=0.1)),
+        ("10 % bodies stall for 5 s", Shares(slow=0.1, stall_s=5)),
+        ("20 % 503, 10 % reset, 10 % cut", Shares(busy=0.2, reset=0.1, cut=0.1)),
     ],
 )
 def test_a_store_that_breaks_its_answers(
@@ -110,11 +111,13 @@ def test_a_store_that_breaks_its_answers(
     expected, _ = undisturbed
     start = time.monotonic()
     with fault_proxy(s3.endpoint_url, seed=0, shares=shares) as proxy:
-        night = start_night(endpoint_url=proxy.endpoint_url)
+        night = start_night(endpoint_url=proxy.endpoint_url, arguments=("storage.timeout_s=2",))
         runs = mend(night, expected)
-        faults = proxy.counts.total() - proxy.counts[""]
-        total = proxy.counts.total()
-    # Of about 100 requests a share of 10 % hits 10 give or take 6: only none would be a fault.
-    assert 0 < faults < total
+        counts, total = proxy.counts, proxy.counts.total()
+    faults = total - counts[""]
+    for fault in ("busy", "reset", "cut", "slow"):
+        share = getattr(shares, fault)  # exact in each twenty, and the last may be incomplete
+        assert abs(counts[fault] - share * total) <= 20 * share
+    assert faults
     assert night.faults() == []
     record_property(*table_line(f"{name} ({faults} of {total})", runs, expected, start))
