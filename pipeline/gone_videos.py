@@ -45,7 +45,7 @@ class RollCall:
         videos = videos.filter(below)
         self._uris = pc.unique(videos.column("uri"))
         self._uri_of = np.asarray(pc.index_in(videos.column("uri"), self._uris), np.int64)
-        digests = b"".join(_digest(uri.as_py()) for uri in self._uris)
+        digests = b"".join(_digest(uri) for uri in self._uris.to_pylist())
         self._uri_index = key_index.KeyIndex(np.frombuffer(digests, key_index.KEY))
         video_keys = key_index.from_hex(videos.column("video_key").to_pylist())
         self._key_index = key_index.KeyIndex(video_keys)

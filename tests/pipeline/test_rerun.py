@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from jobs import show_answers
-from pipeline.answers import AnswerIndex, read_answers
+from pipeline.answers import AnswerIndex, list_output, read_answers
 from pipeline.config import AnswerConfig, StorageConfig
 from pipeline.errors import StartupError
 from pipeline.storage import Storage, join
 from pipeline.token_cache import CacheIndex
+from pipeline.verify import verify_output
 from tests.pipeline.corpus import STORAGE, Corpus
 
 GOOD = [("a b#1?%20ä.mp4", "ok"), ("b.mp4", "ok"), ("broken.mp4", "failed")]
@@ -90,6 +91,18 @@ def test_a_killed_run_is_adopted_by_the_next(corpus: Corpus) -> None:
     assert report is not None
     assert (report.source.answered, corpus.asked) == (2, [])
     assert corpus.seen() == GOOD
+
+
+def test_half_written_files_of_a_killed_run_are_adopted_by_nobody(corpus: Corpus) -> None:
+    corpus.run(killed=True)
+    found, _ = list_output(corpus.config.output, STORAGE)
+    assert {uri.rpartition("/")[2].partition("-")[0] for uri in found} == {"answers", "videos"}
+    for uri in found:
+        data = STORAGE.read(uri)
+        STORAGE.write(uri.replace(".parquet", "-copy.parquet"), data[: len(data) // 2])
+    corpus.run()
+    assert corpus.seen() == GOOD
+    assert list(verify_output(STORAGE, corpus.config.output)) == []
 
 
 def test_a_changed_video_is_done_again_and_its_old_answer_gone(corpus: Corpus) -> None:
