@@ -12,7 +12,7 @@ The bytes go with `jobs/compact.py`: it drops these rows from answers and cache.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,14 +45,13 @@ class RollCall:
         videos = videos.filter(below)
         self._uris = pc.unique(videos.column("uri"))
         self._uri_of = np.asarray(pc.index_in(videos.column("uri"), self._uris), np.int64)
-        digests = b"".join(_digest(uri) for uri in self._uris.to_pylist())
-        self._uri_index = key_index.KeyIndex(np.frombuffer(digests, key_index.KEY))
-        video_keys = key_index.from_hex(videos.column("video_key").to_pylist())
+        self._uri_index = key_index.KeyIndex(_in_blocks(self._uris, _digests))
+        video_keys = _in_blocks(videos.column("video_key"), key_index.from_hex)
         self._key_index = key_index.KeyIndex(video_keys)
         self._key_of = self._key_index.find(video_keys)
         self._named: npt.NDArray[np.bool_] = np.zeros(len(self._uris), np.bool_)
         self._recognised: npt.NDArray[np.bool_] = np.zeros(len(video_keys), np.bool_)
-        self._waiting: list[bytes] = []
+        self._waiting: list[str] = []
 
     def __len__(self) -> int:
         """Return the number of uris that are known below the prefix."""
@@ -60,7 +59,7 @@ class RollCall:
 
     def name(self, uri: str) -> None:
         """Note an object of the listing, whether it is taken as a video or not."""
-        self._waiting.append(_digest(uri))
+        self._waiting.append(uri)
         if len(self._waiting) >= _NAMED_AT_ONCE:
             self._note()
 
@@ -77,13 +76,24 @@ class RollCall:
         return sorted(self._uris.filter(pa.array(~named)).to_pylist())
 
     def _note(self) -> None:
-        places = self._uri_index.find(np.frombuffer(b"".join(self._waiting), key_index.KEY))
+        places = self._uri_index.find(_digests(self._waiting))
         self._named[places[places >= 0]] = True
         self._waiting = []
 
 
-def _digest(uri: str) -> bytes:
-    return hashlib.sha256(uri.encode(errors="backslashreplace")).digest()
+def _digests(uris: Sequence[str]) -> key_index.Keys:
+    # A name that is not UTF-8 stands in the rows with its bytes spelt out.
+    digests = (hashlib.sha256(uri.encode(errors="backslashreplace")).digest() for uri in uris)
+    return np.frombuffer(b"".join(digests), key_index.KEY)
+
+
+def _in_blocks(
+    column: pa.Array | pa.ChunkedArray, convert: Callable[[list[str]], key_index.Keys]
+) -> key_index.Keys:
+    """Convert a column piece by piece: as Python strings all of it would take twice the memory."""
+    starts = range(0, len(column), _NAMED_AT_ONCE)
+    parts = [convert(column.slice(start, _NAMED_AT_ONCE).to_pylist()) for start in starts]
+    return np.concatenate([np.empty(0, key_index.KEY), *parts])
 
 
 def known_videos(storage: Storage, output: str, seen: pa.Table, cached: CacheIndex) -> pa.Table:
