@@ -2,6 +2,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,7 +34,8 @@ def start_night(
             def start(**changes: Any) -> Night:
                 name = uuid.uuid4().hex[:8]
                 log = folder / f"{name}.log"
-                return Night(cluster, bucket, model, f"s3://{bucket}/{name}", log, **changes)
+                night = Night(cluster, bucket, model, f"s3://{bucket}/{name}", log)
+                return replace(night, **changes)
 
             yield start
     finally:

@@ -37,7 +37,7 @@ Seen = dict[str, tuple[str, str]]  # by name: the status, and the text or the er
 class Night:
     """A corpus, and a job over it that may be started any number of times."""
 
-    cluster: Cluster
+    cluster: Cluster | None  # None: Ray of its own, whose workers have `environment`
     bucket: str
     model: Path
     output: str
@@ -47,7 +47,6 @@ class Night:
     cache: str = ""
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    own_ray: bool = False  # of the job alone, so that its workers have its environment
 
     def start(self, *, new_session: bool = False) -> subprocess.Popen[bytes]:
         """Start the job, always by the same command."""
@@ -67,9 +66,10 @@ class Night:
             f"cache.path={self.cache}",
             *self.arguments,
         ]
-        environment = {**self.cluster.environment, "RAY_ADDRESS": self.cluster.address}
-        if self.own_ray:
+        if self.cluster is None:
             environment = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
+        else:
+            environment = {**self.cluster.environment, "RAY_ADDRESS": self.cluster.address}
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, str(ROOT / "jobs" / "caption_corpus.py"), *arguments],

@@ -76,6 +76,7 @@ def test_workers_that_are_killed(
     deadline = time.monotonic() + RUN_DEADLINE_S
     while running.poll() is None and time.monotonic() < deadline:
         time.sleep(choice.uniform(1, 5))
+        assert night.cluster is not None
         workers = night.cluster.workers()
         if workers and killed < 8:
             with suppress(ProcessLookupError):

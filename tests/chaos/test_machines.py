@@ -95,7 +95,7 @@ def test_credentials_that_expire_and_are_not_renewed(
     start = time.monotonic()
     with fault_proxy(s3.endpoint_url, keys=_aging(s3, 3600)) as proxy:
         night = start_night(
-            endpoint_url=proxy.endpoint_url, own_ray=True, environment=_temporary_keys()
+            endpoint_url=proxy.endpoint_url, cluster=None, environment=_temporary_keys()
         )
         running = night.start()
         wait_for("the middle", lambda: proxy.counts.total() >= MIDDLE, running)
@@ -140,7 +140,7 @@ def test_credentials_that_are_renewed(
     with fault_proxy(s3.endpoint_url, keys=keys) as proxy:
         night = start_night(
             endpoint_url=proxy.endpoint_url,
-            own_ray=True,
+            cluster=None,
             environment={
                 "AWS_ACCESS_KEY_ID": "",
                 "AWS_SECRET_ACCESS_KEY": "",
@@ -315,7 +315,7 @@ def test_clocks_that_are_wrong(
     for ahead_s in (600, -600, 0):
         path = os.pathsep.join([str(AHEAD), os.environ.get("PYTHONPATH", str(Path.cwd()))])
         environment = {"PYTHONPATH": path, "CHAOS_AHEAD_S": str(ahead_s)}
-        wrong = replace(night, own_ray=True, environment=environment)
+        wrong = replace(night, cluster=None, environment=environment)
         assert wrong.run() == 0, wrong.tail()
         seen = wrong.seen()
         assert len(seen) == 3

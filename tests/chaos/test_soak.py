@@ -9,11 +9,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from omnisift.mini.tiny import write_tiny_model
 from pipeline.testing.clips import encode
 from tests.chaos.night import Night, table_line
 from tests.ray_cluster import of_session
@@ -72,7 +73,6 @@ def _watched(running: subprocess.Popen[bytes], log: Path, temporary: Path) -> It
 
 
 def test_a_thousand_clips_leave_nothing_behind(
-    start_night: Callable[..., Night],
     corpus: Path,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
@@ -80,10 +80,12 @@ def test_a_thousand_clips_leave_nothing_behind(
     start = time.monotonic()
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    night = replace(
-        start_night(),
+    night = Night(
+        cluster=None,
+        bucket="",
+        model=write_tiny_model(tmp_path / "model", selector=True),
         output=str(tmp_path / "output"),
-        own_ray=True,
+        log=tmp_path / "log",
         environment={"TMPDIR": str(temporary)},
         arguments=(f"source={corpus}", f"decode.temp_dir={temporary}", "cache.videos_per_file=16"),
     )
