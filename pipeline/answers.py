@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 from pipeline import key_index, rows
 from pipeline.errors import StartupError
 from pipeline.keys import plain
-from pipeline.parquet import count_rows, read_columns
+from pipeline.parquet import UNREADABLE, count_rows, read_columns
+from pipeline.readers_view import seen_by_readers
 from pipeline.retry import is_given_up
 from pipeline.storage import Storage, StorageError, join
 
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 COMMITTED = "_COMMITTED"
 
 _READERS = 32  # files read at the same time: the wait is for the object store
-_UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def read_answers(output: str, storage: Storage, *, committed_only: bool = True) 
 
     An answer beats a failure, then the latest row wins. When an object has changed, its newer key
     supersedes the older ones of the same uri; an object that could not be found or named (a
-    failure of `source`) supersedes nothing. With `committed_only=False` also rows of runs that
-    were killed or still go on.
+    failure of `source`) supersedes nothing. What was answered about an object before it was
+    deleted is gone. With `committed_only=False` also rows of runs that were killed or still go on.
     """
     files = find_files(output, storage)
     uris = [*files.committed, *(() if committed_only else files.orphans)]
@@ -184,46 +184,6 @@ def read_answers(output: str, storage: Storage, *, committed_only: bool = True) 
         tables = pool.map(lambda uri: read_columns(storage, uri, rows.ANSWERS.names), uris)
         table = pa.concat_tables([rows.ANSWERS.empty_table(), *tables])
     return seen_by_readers(table)
-
-
-def seen_by_readers(table: pa.Table) -> pa.Table:
-    """Keep of the rows of an output those that readers see: see read_answers."""
-    return _latest(_current(table))
-
-
-def _latest(table: pa.Table) -> pa.Table:
-    """Keep one row of each (video_key, prompt_id): the best in the order failed, ok; old, new."""
-    ok = pc.equal(table.column("status"), "ok")
-    return last_of(table, ["video_key", "prompt_id"], first=ok)
-
-
-def _current(table: pa.Table) -> pa.Table:
-    """Keep the rows whose key is the newest of their uri."""
-    newest = newest_of_uri(table)
-    key_of_uri = (
-        newest.column("video_key")
-        .combine_chunks()
-        .take(pc.index_in(table.column("uri"), newest.column("uri")).combine_chunks())
-    )
-    return table.filter(pc.equal(table.column("video_key"), key_of_uri))
-
-
-def newest_of_uri(table: pa.Table) -> pa.Table:
-    """Keep the row of each uri whose key is the current one; a found object beats a missing one."""
-    probed = pc.fill_null(pc.not_equal(table.column("error_stage"), "source"), True)
-    return last_of(table, ["uri"], first=probed)
-
-
-def last_of(table: pa.Table, group: list[str], *, first: pa.ChunkedArray) -> pa.Table:
-    """Keep the last row of each group, ordered by `first`, created_at, and place in the table."""
-    place = pa.array(np.arange(table.num_rows))
-    order = pc.sort_indices(
-        pa.table([pc.cast(first, pa.int32()), table.column("created_at"), place], ["f", "c", "p"]),
-        sort_keys=[("f", "ascending"), ("c", "ascending"), ("p", "ascending")],
-    )
-    ranked = table.select(group).take(order).append_column("place", place)
-    last = ranked.group_by(group).aggregate([("place", "max")]).column("place_max")
-    return table.take(pa.array(np.sort(np.asarray(order)[np.asarray(last)])))
 
 
 def ask_key(video_key: str, prompt_id: str, prompt: str) -> bytes:
@@ -268,7 +228,12 @@ class AnswerIndex:
                     self.unreadable.append(uri)
                 else:
                     tables.append(table)
-        self.orphans = [uri for uri in files.orphans if uri not in self.unreadable]
+        # A file that somebody copied in part is adopted by no run: its rows are done again.
+        self.orphans = [
+            uri
+            for uri in files.orphans
+            if uri not in self.unreadable and (is_answers(uri) or _is_readable(storage, uri))
+        ]
         seen = pa.concat_tables(tables)
         own = seen.column("own")
         ok = pc.equal(seen.column("status"), "ok")
@@ -277,8 +242,13 @@ class AnswerIndex:
         self._asks_given_up: set[bytes] = set()
         for row in seen.filter(pc.and_not(own, ok)).to_pylist():
             self._remember(row, max_attempts)
+        newest = pc.max(seen.column("created_at")).as_py() or datetime.fromtimestamp(0, UTC)
+        # Rows written from now on are later than all there are, whatever this machine's clock says.
+        self.not_before: datetime = newest + timedelta(microseconds=1)
         # What readers see is settled among all rows, those of other settings included.
         seen = seen_by_readers(seen)
+        found = pc.fill_null(pc.not_equal(seen.column("error_stage"), "source"), True)
+        self.videos = seen.filter(found).select(["uri", "video_key"])
         done = seen.filter(pc.and_(seen.column("own"), pc.equal(seen.column("status"), "ok")))
         asks = b"".join(done.column("ask").to_pylist())
         self._answered = key_index.KeyIndex(np.frombuffer(asks, key_index.KEY))
@@ -339,12 +309,21 @@ _SEEN = pa.schema(
 )
 
 
+def _is_readable(storage: Storage, uri: str) -> bool:
+    try:
+        count_rows(storage, uri)
+    except (*UNREADABLE, StorageError) as error:
+        log.warning("videos file %s cannot be read, it is left out: %s", uri, error)
+        return False
+    return True
+
+
 def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:
     stored = [name for name in _SEEN.names if name in rows.ANSWERS.names]
     columns = [*stored, "prompt", "fingerprint"]
     try:
         table = read_columns(storage, uri, columns).select(columns)
-    except (*_UNREADABLE, StorageError) as error:
+    except (*UNREADABLE, StorageError) as error:
         log.warning("answers file %s cannot be read, it is left out: %s", uri, error)
         return None
     asked = (table.column(name).to_pylist() for name in ("video_key", "prompt_id", "prompt"))

@@ -6,6 +6,7 @@ first the files, then the markers that name nothing else. Killed anywhere, the n
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -19,22 +20,26 @@ from pipeline.answers import (
     Commit,
     commit,
     is_answers,
-    last_of,
     list_output,
-    newest_of_uri,
-    seen_by_readers,
 )
 from pipeline.compact_cache import Compaction
 from pipeline.errors import StartupError
-from pipeline.parquet import read_columns
+from pipeline.parquet import UNREADABLE, read_columns
+from pipeline.readers_view import last_of, newest_of_uri, seen_by_readers, undeleted
 from pipeline.storage import Storage, StorageError, join
-from pipeline.token_cache import UNREADABLE
 
 _ASK = ["video_key", "prompt_id", "prompt", "fingerprint"]
 # What settles which rows are kept.
 _SETTLES = [*_ASK, "uri", "status", "error_stage", "error_type", "attempts", "created_at"]
 
-_Files = list[tuple[str, pa.Table]]  # each file's uri and the columns that settle, with `place`
+
+@dataclass(frozen=True)
+class _File:
+    """What is kept of a file."""
+
+    uri: str
+    rows: pa.ChunkedArray  # their numbers
+    erases: bool = False  # it holds rows about a deleted object: it is rewritten whatever its size
 
 
 def compact_answers(
@@ -50,7 +55,8 @@ def compact_answers(
 
     Kept are the rows that readers see, the newest row of each uri, which settles what is seen, and
     of each question without an answer its last failure of each kind, which settles what is tried
-    again. Raises StartupError when a committed file cannot be read: nothing is dropped on a guess.
+    again. What was answered about deleted objects is dropped, from large files too. Raises
+    StartupError when a committed file cannot be read: nothing is dropped on a guess.
     With `drop_unreadable` such files are replaced by nothing, and what they held is asked again.
     """
     output = keys.plain(output)
@@ -71,7 +77,7 @@ def compact_answers(
                 output, run_id, f"{'answers' if answers else 'videos'}-{written:05d}.parquet"
             )
             _copy(storage, batch, uri, rows.ANSWERS if answers else rows.VIDEOS)
-            merged += [file for file, _ in batch]
+            merged += [file.uri for file in batch]
             written += 1
     if merged or unreadable:
         inherited = [uri for uri in replaced if uri in found or _is_named(uri, commits, output)]
@@ -97,8 +103,8 @@ def _is_named(uri: str, commits: Mapping[str, Commit], output: str) -> bool:
     return any(uri in each.listed(output) for each in commits.values())
 
 
-def _settled(storage: Storage, uris: Sequence[str], *, answers: bool) -> _Files:
-    """Return each file with the numbers of its rows that are kept, as column `row`."""
+def _settled(storage: Storage, uris: Sequence[str], *, answers: bool) -> list[_File]:
+    """Return what is kept of each file."""
     columns = _SETTLES if answers else ["video_key"]
     schema = pa.schema((rows.ANSWERS if answers else rows.VIDEOS).field(name) for name in columns)
     tables = []
@@ -114,14 +120,26 @@ def _settled(storage: Storage, uris: Sequence[str], *, answers: bool) -> _Files:
     table = table.append_column("place", pa.array(np.arange(table.num_rows)))
     kept = table.take(_kept_answers(table) if answers else _kept_videos(table))
     of_file = np.asarray(kept.column("file"))
+    erased = _files_of_deleted(table) if answers else set()
     return [
-        (uri, kept.filter(pa.array(of_file == number)).column("row"))
+        _File(uri, kept.filter(pa.array(of_file == number)).column("row"), number in erased)
         for number, uri in enumerate(uris)
     ]
 
 
+def _files_of_deleted(table: pa.Table) -> set[int]:
+    """Return the numbers of the files that hold deletions or rows that these hide."""
+    left = undeleted(table).column("place")
+    gone = table.filter(pc.invert(pc.is_in(table.column("place"), left.combine_chunks())))
+    return set(pc.unique(gone.column("file")).to_pylist())
+
+
 def _kept_answers(table: pa.Table) -> pa.Array:
-    """Return the places of the rows that are kept, in their order."""
+    """Return the places of the rows that are kept, in their order.
+
+    No deletion is: what it hides is dropped in the same moment, also from large files.
+    """
+    table = undeleted(table)
     seen = seen_by_readers(table)
     failed = table.filter(pc.equal(table.column("status"), "failed"))
     failures = last_of(failed, [*_ASK, "error_type"], first=failed.column("attempts"))
@@ -136,25 +154,27 @@ def _kept_videos(table: pa.Table) -> pa.Array:
     return pa.array(np.sort(np.asarray(last)))
 
 
-def _batches(files: _Files, sizes: Mapping[str, int], target_bytes: int) -> list[_Files]:
-    """Return the files that are merged, by merged file: small ones."""
-    batches: list[_Files] = [[]]
+def _batches(
+    files: Sequence[_File], sizes: Mapping[str, int], target_bytes: int
+) -> list[list[_File]]:
+    """Return the files that are rewritten, by merged file: small ones, and what must be erased."""
+    batches: list[list[_File]] = [[]]
     batch_bytes = 0
-    for uri, live in files:
-        size = sizes.get(uri, 0)
-        if size >= target_bytes / 4:
+    for file in files:
+        size = sizes.get(file.uri, 0)
+        if size >= target_bytes / 4 and not file.erases:
             continue
         if batches[-1] and batch_bytes + size > target_bytes:
             batches.append([])
             batch_bytes = 0
-        batches[-1].append((uri, live))
+        batches[-1].append(file)
         batch_bytes += size
-    return [batch for batch in batches if len(batch) > 1]
+    return [batch for batch in batches if len(batch) > 1 or any(file.erases for file in batch)]
 
 
-def _copy(storage: Storage, batch: _Files, uri: str, schema: pa.Schema) -> None:
+def _copy(storage: Storage, batch: Sequence[_File], uri: str, schema: pa.Schema) -> None:
     """Write the kept rows of some files as one, and see that they can be read back."""
-    tables = [_read(storage, file, schema.names).cast(schema).take(live) for file, live in batch]
+    tables = [_read(storage, file.uri, schema.names).cast(schema).take(file.rows) for file in batch]
     merged = pa.concat_tables([schema.empty_table(), *tables])
     sink = pa.BufferOutputStream()
     pq.write_table(merged, sink, compression="zstd", write_page_checksum=True)

@@ -14,10 +14,10 @@ from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 
-from pipeline import token_cache
-from pipeline.parquet import open_parquet, read_columns
+from pipeline import cache_keys, token_cache
+from pipeline.parquet import UNREADABLE, open_parquet, read_columns
 from pipeline.storage import Storage, StorageError, join
-from pipeline.token_cache import UNREADABLE, CacheIndex, Location
+from pipeline.token_cache import CacheIndex, Location
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,22 @@ def compact_cache(
     deleted = _delete(storage, folder, index, before=now - timedelta(seconds=grace_s))
     if deleted.damaged:  # an older copy of a damaged row counts again
         index = CacheIndex(storage, folder)
-    return deleted + _merge(storage, folder, index, target_bytes)
+    done = deleted + _merge(storage, folder, index, target_bytes)
+    _renew_keys(storage, folder)
+    return done
+
+
+def _renew_keys(storage: Storage, folder: str) -> None:
+    """Write the keys of all part files in one key file, unless one has them already."""
+    found = token_cache.list_folder(storage, folder)
+    if len(found.key_files) == 1:
+        covered = cache_keys.read_key_file(storage, folder, found.key_files[0])
+        if covered is not None and covered.keys() == set(found.files):
+            return
+    keys = cache_keys.read_keys(storage, folder, found.files, found.key_files)
+    readable = [(uri, part) for uri, part in keys.items() if part is not None]
+    if readable:
+        cache_keys.write_keys(storage, folder, readable, replaces=found.key_files)
 
 
 def _merge(storage: Storage, folder: str, index: CacheIndex, target_bytes: int) -> Compaction:
@@ -105,7 +120,7 @@ def _merge_files(
 
 def _new_name(storage: Storage, folder: str) -> str:
     """Return a name behind those of all merged files, also of a machine whose clock is ahead."""
-    files, _ = token_cache.list_folder(storage, folder)
+    files = token_cache.list_folder(storage, folder).files
     earlier = [_merged_at(file) for file in files if _is_merged(file)]
     stamp = max([datetime.now(UTC), *(time + timedelta(microseconds=1) for time in earlier)])
     return join(folder, f"{_MERGED}{stamp.strftime(_STAMP)}-{uuid.uuid4().hex[:8]}.parquet")
@@ -122,7 +137,7 @@ def _merged_at(file: str) -> datetime:
 
 def _delete(storage: Storage, folder: str, index: CacheIndex, *, before: datetime) -> Compaction:
     done = Compaction()
-    _, tombstones = token_cache.list_folder(storage, folder)
+    tombstones = token_cache.list_folder(storage, folder).tombstones
     buried = token_cache.read_tombstones(storage, folder, tombstones)
     dead = [file for file, (_, live) in index.rows_of_files().items() if not live]
     files = set(index.rows_of_files()) | set(index.unreadable)
@@ -137,8 +152,8 @@ def _delete(storage: Storage, folder: str, index: CacheIndex, *, before: datetim
             storage.delete(file)
             files.discard(file)
             done += Compaction(deleted=1)
-    for tombstone, place in buried.items():  # after their files, lest a damaged row is offered
-        if place[0] not in files:
+    for tombstone, places in buried.items():  # after their files, lest a damaged row is offered
+        if not any(file in files for file, _ in places):
             storage.delete(tombstone)
     return done
 

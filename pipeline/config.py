@@ -254,6 +254,18 @@ class RetryConfig:
 
 
 @dataclass(frozen=True)
+class SyncConfig:
+    """What happens to the answers and tokens of videos whose objects are gone."""
+
+    delete: bool = _key(False, "remove answers and tokens of videos that the prefix lost")
+    max_share: float = _key(0.2, "share of the known videos that may go; more remove nothing")
+
+    def __post_init__(self) -> None:
+        """Refuse a share that is none."""
+        _require(0 < self.max_share <= 1, "sync.max_share", "in (0, 1]", self.max_share)
+
+
+@dataclass(frozen=True)
 class LeaseConfig:
     """How runs keep out of each other's way: one at a time writes to an output."""
 
@@ -282,6 +294,7 @@ class CaptionConfig:
     pools: PoolsConfig = _key(PoolsConfig(), "")
     storage: StorageConfig = _key(StorageConfig(), "")
     retry: RetryConfig = _key(RetryConfig(), "")
+    sync: SyncConfig = _key(SyncConfig(), "")
     lease: LeaseConfig = _key(LeaseConfig(), "")
 
     def __post_init__(self) -> None:

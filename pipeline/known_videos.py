@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from pipeline import keys
 from pipeline.answers import find_files
-from pipeline.parquet import read_columns
+from pipeline.parquet import UNREADABLE, read_columns
 from pipeline.storage import S3, ObjectInfo, Storage, StorageError
-from pipeline.token_cache import UNREADABLE, CacheIndex
+from pipeline.token_cache import CacheIndex
 
 _PROBES = 64  # requests in flight: a probe is all latency
 _READERS = 32

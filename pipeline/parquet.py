@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 
 from pipeline.storage import Storage
 
+# What reading damaged Parquet is known to raise; OSError is Arrow's word for a broken page.
+UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError)
+
 
 @contextmanager
 def open_parquet(storage: Storage, uri: str) -> Iterator[pq.ParquetFile]:

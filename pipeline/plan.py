@@ -1,10 +1,12 @@
 """The one place where stages are put in order."""
 
 from functools import reduce
+from typing import Any
 
 from ray.data import Dataset
 
 from pipeline.pools import Pools
+from pipeline.quarantine import Guarded, guard, new_ledger
 from pipeline.settings import Settings
 from pipeline.stages.answer import Answer
 from pipeline.stages.cache import ReadCache, WriteCache
@@ -18,18 +20,21 @@ from pipeline.work_reader import read_work
 def plan(work: WorkList, run: Settings, pools: Pools) -> Dataset:
     """Put a work list through the flow: source -> decode -> compress -> cache -> answer -> sink.
 
-    Cached rows skip decode and compress, failed rows pass every stage untouched. Consuming the
+    Cached rows skip decode and compress, failed rows pass every stage untouched; a video that kills
+    its worker becomes one. Consuming the
     dataset runs it, in one streaming execution; its rows are the sink's counts.
     """
-    return _written(_answered(_kept(work, run, pools), run, pools), run, pools)
+    ledger = new_ledger()
+    kept = _kept(work, run, pools, ledger)
+    return _written(_answered(kept, run, pools, ledger), run, pools)
 
 
 def plan_compression(work: WorkList, run: Settings, pools: Pools) -> Dataset:
     """Put a work list through the flow without answer: the tokens end in the cache."""
-    return _written(_kept(work, run, pools), run, pools)
+    return _written(_kept(work, run, pools, new_ledger()), run, pools)
 
 
-def _kept(work: WorkList, run: Settings, pools: Pools) -> Dataset:
+def _kept(work: WorkList, run: Settings, pools: Pools, ledger: Any) -> Dataset:
     branches = []
     if work.fresh:
         branches.append(
@@ -39,8 +44,8 @@ def _kept(work: WorkList, run: Settings, pools: Pools) -> Dataset:
                 num_rows=work.counts.fresh,
                 num_actors=pools.decode.actors,
             )
-            .map_batches(Decode, fn_constructor_kwargs=run.decode, **pools.decode.of(1))
-            .map_batches(Compress, fn_constructor_kwargs=run.compress, **pools.compress.of(1))
+            .map_batches(Guarded, **guard(Decode, run.decode, ledger), **pools.decode.of(1))
+            .map_batches(Guarded, **guard(Compress, run.compress, ledger), **pools.compress.of(1))
             .map_batches(
                 WriteCache,
                 fn_constructor_kwargs=run.write_cache,
@@ -63,9 +68,9 @@ def _kept(work: WorkList, run: Settings, pools: Pools) -> Dataset:
     return reduce(Dataset.union, branches)
 
 
-def _answered(kept: Dataset, run: Settings, pools: Pools) -> Dataset:
+def _answered(kept: Dataset, run: Settings, pools: Pools, ledger: Any) -> Dataset:
     return kept.map_batches(
-        Answer, fn_constructor_kwargs=run.answer, **pools.answer.of(run.videos_per_batch)
+        Guarded, **guard(Answer, run.answer, ledger), **pools.answer.of(run.videos_per_batch)
     )
 
 

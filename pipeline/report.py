@@ -12,8 +12,11 @@ import pyarrow.compute as pc
 
 from pipeline import rows
 from pipeline.answers import find_run_files
+from pipeline.gone_videos import Gone
 from pipeline.keys import plain
 from pipeline.parquet import read_columns
+from pipeline.readers_view import DELETED
+from pipeline.retry import next_try
 from pipeline.stages.source import WorkCounts
 from pipeline.storage import Storage, join
 
@@ -62,6 +65,7 @@ class Report:
     videos_ok: int
     videos_failed: int
     failed_by_type: dict[str, int]  # videos, and prompts of videos that did not fail themselves
+    next_try: dict[str, str]  # what pipeline.retry says of each of these types
     answers_ok: int
     answers_failed: int
     cache_hits: int
@@ -70,6 +74,9 @@ class Report:
     retained: float  # share of the tokens kept; 0 when there were none
     video_s: float
     stages: list[StageReport]
+    gone: int  # videos that earlier runs know and the prefix has lost; all: gone.parquet
+    removed: int  # of them, with sync.delete=true
+    gone_examples: list[str]
     warnings: list[str]
     examples: list[Example]
     see_failures: str  # a command
@@ -84,6 +91,7 @@ def make_report(
     actors: Mapping[str, int],
     wall_s: float,
     warnings: Sequence[str] = (),
+    gone: Gone = Gone(),  # noqa: B008 (frozen)
     answered: bool = True,
 ) -> Report:
     """Recount what the run wrote; `actors` says how many each of STAGES had.
@@ -96,11 +104,13 @@ def make_report(
     files = find_run_files(storage, join(output, run_id))
     videos = _distinct(storage, files, "videos-", rows.VIDEOS, ["video_key"])
     answers = _distinct(storage, files, "answers-", _ANSWERS, ["video_key", "prompt_id"])
+    answers = answers.filter(pc.not_equal(answers.column("status"), DELETED))
     _require_all("videos", counts.fresh + counts.cached + counts.failed, videos.num_rows, run_id)
     if answered:
         _require_all("prompts", counts.prompts, answers.num_rows, run_id)
     good = videos.filter(pc.is_null(videos.column("error_type")))
     bad = answers.filter(pc.equal(answers.column("status"), "failed"))
+    by_type = _by_type(videos, bad)
     before = _total(good, "num_video_tokens", "num_audio_tokens")
     after = _total(good, "kept_video_tokens", "kept_audio_tokens")
     return Report(
@@ -111,7 +121,8 @@ def make_report(
         videos=videos.num_rows,
         videos_ok=good.num_rows,
         videos_failed=videos.num_rows - good.num_rows,
-        failed_by_type=_by_type(videos, bad),
+        failed_by_type=by_type,
+        next_try={name: next_try(name) for name in by_type},
         answers_ok=answers.num_rows - bad.num_rows,
         answers_failed=bad.num_rows,
         cache_hits=int(_total(good, "cache_hit")),
@@ -120,6 +131,9 @@ def make_report(
         retained=after / before if before else 0.0,
         video_s=_total(good, "duration_s"),
         stages=[_stage(stage, videos, actors.get(stage, 1)) for stage in STAGES],
+        gone=len(gone.absent),
+        removed=len(gone.removed),
+        gone_examples=list((gone.removed or gone.absent)[:_MAX_EXAMPLES]),
         warnings=list(warnings),
         examples=_examples(bad),
         see_failures=f"python jobs/show_answers.py output={output} status=failed run={run_id}",
@@ -156,9 +170,22 @@ def render(report: Report) -> str:
     if report.tokens_before:
         lines += ["", _tokens(report)]
     lines += [*_speed(report), *_failures(report)]
+    lines += _gone(report)
     lines += ["", *(f"warning: {warning}" for warning in report.warnings)]
     lines.append(f"answers and report.json: {join(report.output, report.run_id)}")
     return "\n".join(lines)
+
+
+def _gone(report: Report) -> list[str]:
+    if not report.gone:
+        return []
+    done = f"{report.removed:,} of them removed"
+    if not report.removed:
+        done = "sync.delete=true removes their answers and tokens"
+    lines = ["", f"{report.gone:,} known videos are gone from the source; {done}"]
+    lines += [f"  {uri}" for uri in report.gone_examples]
+    lines.append(f"all of them: {join(report.output, report.run_id, 'gone.parquet')}")
+    return lines
 
 
 def _tokens(report: Report) -> str:
@@ -197,7 +224,10 @@ def _failures(report: Report) -> list[str]:
     if not report.failed_by_type:
         return []
     lines = ["", "failures by error_type"]
-    lines += [f"  {count:>8,}  {name}" for name, count in report.failed_by_type.items()]
+    lines += [
+        f"  {count:>8,}  {name}: {report.next_try[name]}"
+        for name, count in report.failed_by_type.items()
+    ]
     shown = len(report.examples)
     lines.append(f"the first {shown}:" if shown > 1 else "it is:")
     for example in report.examples:

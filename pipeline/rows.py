@@ -109,7 +109,7 @@ ANSWERS = pa.schema(
         ("prompt_id", pa.string()),
         ("prompt", pa.string()),
         ("text", pa.string()),
-        ("status", pa.string()),  # "ok" or "failed"
+        ("status", pa.string()),  # ok, failed; deleted: of the uri alone, hides what was before
         ("error_stage", pa.string()),
         ("error_type", pa.string()),
         ("error_message", pa.string()),

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pyarrow as pa
 import ray
@@ -17,6 +18,13 @@ from pipeline.answers import AnswerIndex, commit
 from pipeline.compression_index import CompressionIndex
 from pipeline.config import CaptionConfig
 from pipeline.errors import StartupError
+from pipeline.gone_videos import (
+    RollCall,
+    bury_tokens,
+    hide_answers,
+    known_videos,
+    settle,
+)
 from pipeline.lease import Lease, hold
 from pipeline.manifest import is_manifest
 from pipeline.plan import plan, plan_compression
@@ -87,6 +95,10 @@ def _run(
             max_attempts=0 if config.retry.failed else config.retry.max_attempts,
         )
         cached = token_cache.CacheIndex(run.storage, run.cache_folder)
+        roll_call = None
+        if not is_manifest(config.source):
+            known = known_videos(run.storage, run.output, done.videos, cached)
+            roll_call = RollCall(known, config.source)
         work = list_work(
             config,
             run.storage,
@@ -94,16 +106,23 @@ def _run(
             cached=cached,
             folder=run.run_folder,
             own_prompts=own_prompts,
+            roll_call=roll_call,
         )
+        gone = settle(run.storage, roll_call, **vars(config.sync))
         counts = work.counts
         warnings += [f"unreadable, its videos are done again: {file}" for file in cached.unreadable]
         warnings += [f"unreadable, its prompts are asked again: {file}" for file in done.unreadable]
+        warnings += [gone.warning] if gone.warning else []
         say(_describe(run.run_id, counts))
         if work.fresh or work.cached or work.failed:
             _configure_ray_data()
+            run = replace(run, sink={**run.sink, "not_before": done.not_before})
             _stream(order(work, run, pools), work, lease, say)
+        hide_answers(run.storage, run.run_folder, gone, not_before=done.not_before)
         lease.check()
         commit(run.storage, run.output, run.run_id, done.orphans)
+        # Behind the answers: what is left when the run is killed in between, the next one finds.
+        bury_tokens(run.storage, run.output, config.cache_root, gone)
         report = make_report(
             run.storage,
             run.output,
@@ -112,6 +131,7 @@ def _run(
             actors=pools.actors(fresh=bool(work.fresh), cached=bool(work.cached or work.failed)),
             wall_s=time.monotonic() - start,
             warnings=warnings,
+            gone=gone,
             answered=answers,
         )
         write_report(run.storage, report)

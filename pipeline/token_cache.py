@@ -9,29 +9,22 @@ import json
 import logging
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import key_index, keys, rows
+from pipeline import cache_keys, key_index, keys, rows
 from pipeline.errors import StartupError
-from pipeline.parquet import read_columns
 from pipeline.storage import Storage, StorageError, join
 
 log = logging.getLogger(__name__)
 
 # A row of the work list whose tokens are cached, and where they lie; null in a failed row.
 HITS = pa.schema([*rows.IDENTITY, ("cache_file", pa.string()), ("cache_row", pa.int32())])
-
-# What reading damaged Parquet is known to raise; OSError is Arrow's word for a broken page.
-UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError)
-
-_READERS = 32  # files whose keys are read at the same time: the wait is for the object store
 
 
 def digest(row: Mapping[str, Any]) -> str:
@@ -137,20 +130,29 @@ def _verify(table: pa.Table) -> None:
         raise ValueError(f"sha256 is {found}, {row['sha256']} was written")
 
 
-def bury(storage: Storage, uri: str, row: int, *, video_key: str, reason: str) -> None:
-    """Leave a tombstone, so that the index never offers this damaged row again."""
-    folder, _, name = uri.rpartition("/")
-    tombstone = {"file": name, "row": row, "video_key": video_key, "reason": reason}
-    text = json.dumps(tombstone, indent=2) + "\n"
-    storage.write(join(folder, f"bad-{uuid.uuid4().hex}.json"), text.encode())
-
-
-@dataclass(frozen=True)
-class Location:
+class Location(NamedTuple):
     """Where the kept tokens of a video lie."""
 
     file: str
     row: int
+
+
+def bury(storage: Storage, uri: str, row: int, *, video_key: str, reason: str) -> None:
+    """Leave a tombstone, so that the index never offers this damaged row again."""
+    folder = uri.rpartition("/")[0]
+    bury_all(storage, folder, [(video_key, Location(uri, row))], reason=reason)
+
+
+def bury_all(
+    storage: Storage, folder: str, places: Iterable[tuple[str, Location]], *, reason: str
+) -> None:
+    """Leave one tombstone for rows of `folder`, each with its video's key."""
+    buried = [
+        {"file": place.file.rpartition("/")[2], "row": place.row, "video_key": video_key}
+        for video_key, place in places
+    ]
+    text = json.dumps({"reason": reason, "rows": buried}, indent=1) + "\n"
+    storage.write(join(folder, f"bad-{uuid.uuid4().hex}.json"), text.encode())
 
 
 class CacheIndex:
@@ -163,26 +165,31 @@ class CacheIndex:
     def __init__(self, storage: Storage, folder: str) -> None:
         """Read the index of `<cache>/<fingerprint>`; a folder that does not exist is empty."""
         folder = keys.plain(folder)
-        files, bad = list_folder(storage, folder)
-        buried = set(read_tombstones(storage, folder, bad).values())
+        parts = list_folder(storage, folder)
+        buried: dict[str, set[int]] = {}
+        for places in read_tombstones(storage, folder, parts.tombstones).values():
+            for uri, row in places:
+                buried.setdefault(uri, set()).add(row)
         self._files: list[str] = []
         self._lengths: list[int] = []
         self.unreadable: list[str] = []
         found, created, file_of, row_of = [], [], [], []
-        with ThreadPoolExecutor(_READERS) as pool:
-            for uri, part in pool.map(lambda uri: _read_keys(storage, uri), files):
-                if part is None:
-                    self.unreadable.append(uri)
-                    continue
-                rows_here = np.array(
-                    [row for row in range(len(part[0])) if (uri, row) not in buried], np.int64
-                )
-                found.append(part[0][rows_here])
-                created.append(part[1][rows_here])
-                row_of.append(rows_here.astype(np.int32))
-                file_of.append(np.full(len(rows_here), len(self._files), np.int32))
-                self._files.append(uri)
-                self._lengths.append(len(part[0]))
+        read = cache_keys.read_keys(storage, folder, parts.files, parts.key_files)
+        for uri, part in read.items():
+            if part is None:
+                self.unreadable.append(uri)
+                continue
+            keys_here, created_here = part
+            rows_here = np.arange(len(keys_here), dtype=np.int32)
+            if uri in buried:
+                rows_here = np.setdiff1d(rows_here, np.array(list(buried[uri]), np.int32))
+                keys_here, created_here = keys_here[rows_here], created_here[rows_here]
+            found.append(keys_here)
+            created.append(created_here)
+            row_of.append(rows_here)
+            file_of.append(np.full(len(rows_here), len(self._files), np.int32))
+            self._files.append(uri)
+            self._lengths.append(len(part[0]))
         # An empty first piece, for a cache without files.
         order = np.argsort(np.concatenate([np.empty(0, np.int64), *created]), kind="stable")
         none = np.empty(0, np.int32)
@@ -211,11 +218,12 @@ class CacheIndex:
     def locate(self, video_keys: Sequence[str]) -> list[Location | None]:
         """Return where each video's tokens lie; None: a miss."""
         places = self._index.find(key_index.from_hex(list(video_keys)))
+        if not len(self._index):
+            return [None] * len(places)
+        files, rows_ = self._file_of[places].tolist(), self._row_of[places].tolist()
         return [
-            None
-            if place < 0
-            else Location(self._files[self._file_of[place]], int(self._row_of[place]))
-            for place in places
+            Location(self._files[file], row) if hit else None
+            for hit, file, row in zip((places >= 0).tolist(), files, rows_, strict=True)
         ]
 
 
@@ -234,47 +242,39 @@ def find_folders(storage: Storage, root: str) -> list[str]:
     return sorted(folders)
 
 
-def list_folder(storage: Storage, folder: str) -> tuple[list[str], list[str]]:
-    """Return the part files and the tombstones of `<cache>/<fingerprint>`."""
-    files, bad = [], []
+@dataclass(frozen=True)
+class Folder:
+    """What lies in `<cache>/<fingerprint>`, by uri."""
+
+    files: tuple[str, ...]
+    tombstones: tuple[str, ...]
+    key_files: tuple[str, ...]
+
+
+def list_folder(storage: Storage, folder: str) -> Folder:
+    """List the part files, tombstones and key files of `<cache>/<fingerprint>`."""
+    found: dict[str, list[str]] = {"part-": [], "bad-": [], "keys-": []}
     try:
         for info in storage.list(folder, suffixes=(".parquet", ".json")):
-            name = info.uri.rpartition("/")[2]
-            if name.startswith("part-") and name.endswith(".parquet"):
-                files.append(info.uri)
-            elif name.startswith("bad-") and name.endswith(".json"):
-                bad.append(info.uri)
+            prefix = info.uri.rpartition("/")[2].partition("-")[0] + "-"
+            if prefix in found and info.uri.endswith(".json") == (prefix == "bad-"):
+                found[prefix].append(info.uri)
     except StorageError as error:
         if error.error_type != "not_found":
             raise StartupError(f"cache.path: the token cache cannot be read: {error}") from error
-    return files, bad
+    return Folder(*(tuple(uris) for uris in found.values()))
 
 
 def read_tombstones(
-    storage: Storage, folder: str, bad: Iterable[str]
-) -> dict[str, tuple[str, int]]:
-    """Return the file and row that each tombstone buries; one that cannot be read buries none."""
+    storage: Storage, folder: str, tombstones: Iterable[str]
+) -> dict[str, list[tuple[str, int]]]:
+    """Return the files and rows that each tombstone buries; a broken one is left out."""
     buried = {}
-    for uri in bad:
+    for uri in tombstones:
         try:
-            tombstone = json.loads(storage.read(uri))
-            buried[uri] = (join(folder, tombstone["file"]), int(tombstone["row"]))
+            places = json.loads(storage.read(uri))["rows"]
+            buried[uri] = [(join(folder, place["file"]), int(place["row"])) for place in places]
         except (StorageError, ValueError, KeyError, TypeError) as error:
             # Harmless: the damaged row is offered, found damaged and buried once more.
             log.warning("tombstone %s cannot be read: %s", uri, error)
     return buried
-
-
-def _read_keys(
-    storage: Storage, uri: str
-) -> tuple[str, tuple[key_index.Keys, key_index.Integers] | None]:
-    try:
-        table = read_columns(storage, uri, ["video_key", "created_at"])
-        if table.column_names != ["video_key", "created_at"]:
-            raise ValueError("it has no video_key or no created_at")
-        created = table.column("created_at").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
-        found = key_index.from_hex(table.column("video_key").to_pylist())
-        return uri, (found, np.asarray(created.fill_null(0), np.int64))
-    except (*UNREADABLE, StorageError, TypeError) as error:
-        log.warning("cache file %s cannot be read, its videos are misses: %s", uri, error)
-        return uri, None

@@ -4,13 +4,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import pyarrow as pa
 
-from pipeline import keys, rows, token_cache
-from pipeline.answers import COMMITTED, Commit, is_answers, list_output, seen_by_readers
-from pipeline.parquet import open_parquet, read_columns
+from pipeline import cache_keys, keys, rows, token_cache
+from pipeline.answers import COMMITTED, Commit, is_answers, list_output
+from pipeline.parquet import UNREADABLE, open_parquet, read_columns
+from pipeline.readers_view import seen_by_readers
 from pipeline.storage import Storage, StorageError, join
-from pipeline.token_cache import UNREADABLE
 
 
 def verify_cache(storage: Storage, folder: str) -> Iterator[str]:
@@ -19,11 +20,12 @@ def verify_cache(storage: Storage, folder: str) -> Iterator[str]:
     A damaged row that a tombstone names is no fault: runs know of it.
     """
     yield from _verify_fingerprint(storage, folder)
-    files, bad = token_cache.list_folder(storage, folder)
-    tombstones = token_cache.read_tombstones(storage, folder, bad)
-    yield from (f"{uri}: is no tombstone" for uri in bad if uri not in tombstones)
-    buried = set(tombstones.values())
-    for file in files:
+    found = token_cache.list_folder(storage, folder)
+    tombstones = token_cache.read_tombstones(storage, folder, found.tombstones)
+    yield from (f"{uri}: is no tombstone" for uri in found.tombstones if uri not in tombstones)
+    yield from _verify_keys(storage, folder, found)
+    buried = {place for places in tombstones.values() for place in places}
+    for file in found.files:
         try:
             with open_parquet(storage, file) as part:
                 if not part.schema_arrow.equals(rows.CACHED):
@@ -37,6 +39,19 @@ def verify_cache(storage: Storage, folder: str) -> Iterator[str]:
                             yield f"{file}, row {row}: {error}"
         except (*UNREADABLE, StorageError) as error:
             yield f"{file}: cannot be read: {error}"
+
+
+def _verify_keys(storage: Storage, folder: str, found: token_cache.Folder) -> Iterator[str]:
+    """Compare each key file with the part files that it speaks for."""
+    for uri in found.key_files:
+        named = cache_keys.read_key_file(storage, folder, uri)
+        if named is None:
+            yield f"{uri}: cannot be read"
+            continue
+        for file, (wanted, _) in named.items():
+            part = cache_keys.read_part(storage, file) if file in found.files else None
+            if part is not None and not np.array_equal(part[0], wanted):
+                yield f"{uri}: names other videos than {file} holds"
 
 
 def _verify_fingerprint(storage: Storage, folder: str) -> Iterator[str]:

@@ -31,12 +31,7 @@ class Cluster:
 
     def workers(self) -> list[int]:
         """Return the processes that run tasks and actors now."""
-        found = []
-        for pid in _members(self.session, self.environment["RAY_TMPDIR"]):
-            with suppress(FileNotFoundError, ProcessLookupError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
-                    found.append(pid)
-        return found
+        return _workers(_members(self.session, self.environment["RAY_TMPDIR"]))
 
     def submit(
         self,
@@ -66,8 +61,12 @@ class Cluster:
 
 
 @contextmanager
-def local_cluster(*, num_cpus: int, object_store_bytes: int = 256 << 20) -> Iterator[Cluster]:
+def local_cluster(
+    *, num_cpus: int, object_store_bytes: int = 256 << 20, host: str = "127.0.0.1"
+) -> Iterator[Cluster]:
     """Run a cluster with `num_cpus` slots, whatever the machine has, until the block ends.
+
+    One that gets a second node has 127.0.0.2 for its `host`.
 
     Raises RuntimeError with the end of its log when it does not come up.
     """
@@ -79,15 +78,15 @@ def local_cluster(*, num_cpus: int, object_store_bytes: int = 256 << 20) -> Iter
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_TMPDIR": folder,
-            # Ray turns a loopback address into the machine's own, unless it thinks this a laptop.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # Ray turns 127.0.0.1 into the machine's own address, unless it thinks this a laptop.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if host == "127.0.0.1" else "1",
             # a job's `python` is the one that runs the tests
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         start = [
             *_RAY,
             *("start", "--head", "--block", "--disable-usage-stats"),
-            *("--node-ip-address", "127.0.0.1", "--port", str(gcs_port)),
+            *("--node-ip-address", host, "--port", str(gcs_port)),
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)),
             *("--dashboard-agent-listen-port", "0", "--ray-client-server-port", str(_free_port())),
             *("--num-cpus", str(num_cpus), "--object-store-memory", str(object_store_bytes)),
@@ -104,13 +103,81 @@ def local_cluster(*, num_cpus: int, object_store_bytes: int = 256 << 20) -> Iter
                 start_new_session=True,
             )
         cluster = Cluster(
-            f"http://127.0.0.1:{port}", f"127.0.0.1:{gcs_port}", environment, process.pid
+            f"http://127.0.0.1:{port}", f"{host}:{gcs_port}", environment, process.pid
         )
         try:
             _await_jobs(process, cluster, log)
             yield cluster
         finally:
             _end(process, folder)
+
+
+@contextmanager
+def second_node(cluster: Cluster, *, num_cpus: int) -> Iterator["Node"]:
+    """Run another node of a cluster until the block ends."""
+    log = Path(cluster.environment["RAY_TMPDIR"]) / f"node-{secrets.token_hex(4)}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                *_RAY,
+                *("start", "--address", cluster.address, "--block", "--disable-usage-stats"),
+                *("--node-ip-address", "127.0.0.3", "--num-cpus", str(num_cpus)),
+                *("--object-store-memory", str(128 << 20)),
+            ],
+            env=cluster.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    node = Node(process.pid)
+    try:
+        deadline = time.monotonic() + _START_DEADLINE_S
+        while "Ray runtime started" not in log.read_text(errors="replace"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the node did not come up: {log.read_text(errors='replace')}")
+            time.sleep(0.1)
+        yield node
+    finally:
+        node.kill()
+        process.wait(_STOP_DEADLINE_S)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a cluster, by the session of its processes."""
+
+    session: int
+
+    def workers(self) -> list[int]:
+        """Return its processes that run tasks and actors now."""
+        return _workers(of_session(self.session))
+
+    def kill(self) -> None:
+        """Kill the raylet and all else of the node at once."""
+        for pid in of_session(self.session):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def of_session(session: int) -> list[int]:
+    """Return the living processes of a session."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(sid) == session and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def _workers(pids: Sequence[int]) -> list[int]:
+    found = []
+    for pid in pids:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+                found.append(pid)
+    return found
 
 
 def _await_jobs(process: subprocess.Popen[bytes], cluster: Cluster, log: Path) -> None:

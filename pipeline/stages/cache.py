@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import rows, token_cache
-from pipeline.parquet import open_parquet
+from pipeline.parquet import UNREADABLE, open_parquet
 from pipeline.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class ReadCache:
         try:
             with open_parquet(self._storage, file) as part:
                 return [self._of_row(part, hit) for hit in hits]
-        except (StorageError, *token_cache.UNREADABLE) as error:
+        except (StorageError, *UNREADABLE) as error:
             return [self._failed(hit, error) for hit in hits]
 
     def _of_row(self, part: pq.ParquetFile, hit: dict[str, Any]) -> pa.Table:
@@ -88,7 +88,7 @@ class ReadCache:
             found = token_cache.read_row(part, hit["cache_row"])
             if found.column("video_key")[0].as_py() != hit["video_key"]:
                 raise ValueError("the row is of another video")
-        except (StorageError, *token_cache.UNREADABLE) as error:
+        except (StorageError, *UNREADABLE) as error:
             return self._failed(hit, error)
         own = {
             **{name: hit[name] for name in rows.IDENTITY.names},

@@ -1,6 +1,7 @@
 """Decode: a video's uri becomes sampled frames and sound."""
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -24,6 +25,7 @@ from pipeline.storage import S3, ObjectInfo, Storage, StorageError
 
 _LOG = logging.getLogger(__name__)
 _PREFIX = "video-decode-"
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Decode:
@@ -64,6 +66,14 @@ class Decode:
             row = rows.failed(row, "decode", error.error_type, str(error))
         except DecodeError as error:
             row = rows.failed(row, "decode", error.error_type, f"{uri}: {error.message}")
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            message = (
+                f"{uri}: {row['size_bytes']:,} bytes do not fit in {self._temp_dir.parent} "
+                f"({error.strerror}); make room there or set decode.temp_dir"
+            )
+            row = rows.failed(row, "decode", "disk_full", message)
         else:
             row = {**row, **vars(decoded)}
         row["decode_s"] = time.monotonic() - start

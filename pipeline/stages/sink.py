@@ -20,6 +20,8 @@ COUNTS = pa.schema(
     ]
 )
 
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
 
 class Sink:
     """Write a block as one answers file and one videos file, each atomically.
@@ -38,13 +40,18 @@ class Sink:
         model: str,
         fingerprint: str,
         answered: bool = True,
+        not_before: datetime = _EPOCH,
     ) -> None:
         """Take the run's folder; `fingerprint` is keys.answer_fingerprint.
+
+        No row is dated before `not_before`: the latest row counts, so the rows of a run are later
+        than all that lay there when it began, whatever the clocks of its machines say.
 
         With `answered=False` the videos were only compressed: a good one has no answers, a failed
         one still fails its prompts, so that later runs know.
         """
         self._answered = answered
+        self._not_before = not_before
         self._storage = storage
         self._folder = folder
         self._run_id = run_id
@@ -54,7 +61,7 @@ class Sink:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Return one row of COUNTS."""
         videos, answers = [], []
-        now = datetime.now(UTC)
+        now = max(datetime.now(UTC), self._not_before)
         for row in rows.iterate(block):
             of_video = [
                 {

@@ -18,6 +18,7 @@ from pipeline.boundary import BoundaryError, Roots, roots_of, shown
 from pipeline.compression_index import Done
 from pipeline.config import CaptionConfig
 from pipeline.errors import StartupError
+from pipeline.gone_videos import RollCall
 from pipeline.known_videos import find_videos
 from pipeline.manifest import (
     ASKS,
@@ -82,13 +83,15 @@ def list_work(
     cached: CacheIndex,
     folder: str,
     own_prompts: bool = False,
+    roll_call: RollCall | None = None,
 ) -> WorkList:
     """Write the work list of a run as Parquet parts under `folder`/work and return it.
 
     fresh: rows.IDENTITY; cached and failed: HITS. Only prompts that `done` has not answered are in
     it; a video without any is counted and left out. With `own_prompts` a line of the manifest that
-    has none is a broken one, instead of asking the configured prompt. Raises StartupError, which
-    names `source`, when nothing can be listed or read there.
+    has none is a broken one, instead of asking the configured prompt. A prefix's objects are noted
+    in `roll_call`. Raises StartupError, which names `source`, when nothing can be listed or read
+    there.
     """
     counts: Counter[str] = Counter()
     if is_manifest(config.source):
@@ -97,7 +100,7 @@ def list_work(
         )
         root = folder_of(config.source)
     else:
-        candidates = _listed(config, storage)
+        candidates = _listed(config, storage, roll_call)
         root = config.source
     videos = _probed(candidates, storage, root, config)
     if config.listing.hash_content:
@@ -105,6 +108,8 @@ def list_work(
     folder = keys.plain(folder)
     parts = {kind: _Parts(storage, folder, kind) for kind in _SCHEMAS}
     while chunk := list(islice(videos, _CHUNK)):
+        if roll_call is not None:
+            roll_call.recognise([video["video_key"] for video in chunk])
         for kind, row in _sorted_out(chunk, done, cached, counts):
             counts.update({kind: 1, "prompts": len(row["prompts"])})
             parts[kind].add(row)
@@ -118,7 +123,9 @@ def _default_prompt(config: CaptionConfig) -> dict[str, str]:
     return {"prompt_id": keys.prompt_id(prompt), "prompt": prompt}
 
 
-def _listed(config: CaptionConfig, storage: Storage) -> Iterator[_Candidate]:
+def _listed(
+    config: CaptionConfig, storage: Storage, roll_call: RollCall | None
+) -> Iterator[_Candidate]:
     """Yield the videos of a prefix; the listing tells size and etag, so none is probed."""
     endings = tuple(ending.lower() for ending in config.listing.extensions)
     prompts = [_default_prompt(config)]
@@ -126,6 +133,8 @@ def _listed(config: CaptionConfig, storage: Storage) -> Iterator[_Candidate]:
     try:
         for info in storage.list(config.source):
             seen += 1
+            if roll_call is not None:
+                roll_call.name(info.uri)
             if info.uri.lower().endswith(endings):
                 taken += 1
                 yield _Candidate(info.uri, prompts, info)

@@ -20,7 +20,7 @@ from pipeline.compact_answers import compact_answers
 from pipeline.compact_cache import Compaction, compact_cache
 from pipeline.config import StorageConfig
 from pipeline.errors import StartupError
-from pipeline.parquet import open_parquet, read_columns
+from pipeline.parquet import UNREADABLE, open_parquet, read_columns
 from pipeline.storage import Storage
 from pipeline.token_cache import CacheIndex
 from pipeline.verify import verify_cache, verify_output
@@ -114,7 +114,7 @@ def _tokens(folder: Path, names: str = "abcd") -> dict[str, bytes | None]:
                 try:
                     [row] = token_cache.read_row(part, place.row).to_pylist()
                     found[name] = row["tokens"]
-                except token_cache.UNREADABLE as error:
+                except UNREADABLE as error:
                     token_cache.bury(
                         STORAGE, place.file, place.row, video_key="", reason=str(error)
                     )
@@ -173,8 +173,8 @@ def test_a_cache_is_whole_after_every_step_and_every_kill(
         names = sorted(path.name for path in folder.iterdir())
         assert [name for name in names if name.startswith("bad-")] == []
         if target_bytes == 1 << 30:
-            assert len(names) == 2  # fingerprint.json and the merged file
-            assert len(pq.read_table(folder / names[1])) == len(EXPECTED)
+            assert len(names) == 3  # fingerprint.json, the merged file and its keys
+            assert len(pq.read_table(folder / names[2])) == len(EXPECTED)
         if not killed:
             assert changes > 5
             return

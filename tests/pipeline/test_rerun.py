@@ -1,144 +1,18 @@
 """The stores together, run after run, on a disk and on an S3 server; towers and model are faked."""
 
 import json
-import uuid
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from jobs import show_answers
-from pipeline import keys, rows, token_cache
-from pipeline.answers import AnswerIndex, commit, read_answers
-from pipeline.config import AnswerConfig, CaptionConfig, StorageConfig
+from pipeline.answers import AnswerIndex, list_output, read_answers
+from pipeline.config import AnswerConfig, StorageConfig
 from pipeline.errors import StartupError
-from pipeline.parquet import read_columns
-from pipeline.report import Report, make_report
-from pipeline.stages.cache import ReadCache, WriteCache
-from pipeline.stages.sink import Sink
-from pipeline.stages.source import list_work
 from pipeline.storage import Storage, join
-from pipeline.testing.s3_server import S3Server
 from pipeline.token_cache import CacheIndex
-
-STORAGE = Storage(StorageConfig(attempts=1))
-INGREDIENTS: dict[str, keys.Ingredient] = {"model": "m", "retain": 0.25}
-NAMES = ["a b#1?%20ä.mp4", "b.mp4", "sub/broken.mp4"]
-
-
-class Corpus:
-    """Three videos, one of them broken, and a run that is done as a job does it."""
-
-    def __init__(self, root: str, put: Callable[[str, bytes], None]) -> None:
-        self.root = root
-        self.put = put
-        self.config = CaptionConfig(source=join(root, "videos"), output=join(root, "out"))
-        self.broken = "decode_timeout"  # how the broken one fails
-        self.compressed: list[str] = []
-        self.asked: list[tuple[str, str]] = []
-        for name in NAMES:
-            self.put(join("videos", name), name.encode())
-
-    def run(self, *, answer: AnswerConfig | None = None, killed: bool = False) -> Report | None:
-        config = replace(self.config, answer=answer or AnswerConfig())
-        cache = join(config.cache_root, keys.fingerprint(INGREDIENTS))
-        fingerprint = keys.answer_fingerprint(keys.fingerprint(INGREDIENTS), config.answer)
-        run_id = keys.new_run_id()
-        folder = join(config.output, run_id)
-
-        token_cache.write_fingerprint(STORAGE, cache, INGREDIENTS)
-        done = AnswerIndex(STORAGE, config.output, fingerprint=fingerprint)
-        cached = CacheIndex(STORAGE, cache)
-        work = list_work(config, STORAGE, done=done, cached=cached, folder=folder)
-
-        kept = [WriteCache(STORAGE, cache, run_id)(self.compress(_read(p))) for p in work.fresh]
-        kept += [ReadCache(STORAGE)(_read(part)) for part in (*work.cached, *work.failed)]
-        sink = Sink(STORAGE, folder, run_id=run_id, model="m", fingerprint=fingerprint)
-        for block in kept:
-            sink(self.answer(block))
-        if killed:
-            return None
-        commit(STORAGE, config.output, run_id, done.orphans)
-        return make_report(
-            STORAGE, config.output, run_id, counts=work.counts, actors={}, wall_s=1.0
-        )
-
-    def compress(self, block: pa.Table) -> pa.Table:
-        made = []
-        for row in rows.iterate(block):
-            name = row["uri"].rpartition("/")[2]
-            self.compressed.append(name)
-            if name == "broken.mp4":
-                made.append(rows.failed(row, "decode", self.broken, f"{row['uri']}: cut"))
-                continue
-            tokens = {
-                "tokens": name.encode(),
-                "token_dtype": "float32",
-                "token_shape": [1, len(name.encode()) // 4],
-                "positions": [[0], [0], [0]],
-                "modality": [0],
-                "next_position": 1,
-                "kept_index": [0],
-                "num_video_tokens": 4,
-                "num_audio_tokens": 0,
-                "kept_video_tokens": 1,
-                "kept_audio_tokens": 0,
-                "duration_s": 1.0,
-            }
-            made.append({**row, **tokens})
-        return rows.build(made, rows.KEPT)
-
-    def answer(self, block: pa.Table) -> pa.Table:
-        answered: list[dict[str, Any]] = []
-        for row in rows.iterate(block):
-            answers = None
-            if row["error_type"] is None:
-                name = bytes(row["tokens"]).decode()
-                assert row["uri"].endswith(name)  # the tokens are those of this video
-                self.asked += [(name, prompt["prompt"]) for prompt in row["prompts"]]
-                answers = [{"prompt_id": p["prompt_id"], "text": name} for p in row["prompts"]]
-            answered.append({**row, "answers": answers})
-        return rows.build(answered, rows.ANSWERED)
-
-    def seen(self) -> list[tuple[str, str]]:
-        found = read_answers(self.config.output, STORAGE).to_pylist()
-        return sorted((row["uri"].rpartition("/")[2], row["status"]) for row in found)
-
-
-def _read(part: str) -> pa.Table:
-    return read_columns(STORAGE, part)
-
-
-@pytest.fixture
-def on_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Corpus:
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    client, bucket = s3.client(), f"rerun-{uuid.uuid4().hex[:12]}"
-    client.create_bucket(Bucket=bucket)
-
-    def put(name: str, content: bytes) -> None:
-        client.put_object(Bucket=bucket, Key=name, Body=content)
-
-    return Corpus(f"s3://{bucket}", put)
-
-
-@pytest.fixture
-def on_disk(tmp_path: Path) -> Corpus:
-    def put(name: str, content: bytes) -> None:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-
-    return Corpus(str(tmp_path), put)
-
-
-@pytest.fixture(params=["on_disk", "on_s3"])
-def corpus(request: pytest.FixtureRequest) -> Corpus:
-    found: Corpus = request.getfixturevalue(request.param)
-    return found
-
+from pipeline.verify import verify_output
+from tests.pipeline.corpus import STORAGE, Corpus
 
 GOOD = [("a b#1?%20ä.mp4", "ok"), ("b.mp4", "ok"), ("broken.mp4", "failed")]
 
@@ -217,6 +91,18 @@ def test_a_killed_run_is_adopted_by_the_next(corpus: Corpus) -> None:
     assert report is not None
     assert (report.source.answered, corpus.asked) == (2, [])
     assert corpus.seen() == GOOD
+
+
+def test_half_written_files_of_a_killed_run_are_adopted_by_nobody(corpus: Corpus) -> None:
+    corpus.run(killed=True)
+    found, _ = list_output(corpus.config.output, STORAGE)
+    assert {uri.rpartition("/")[2].partition("-")[0] for uri in found} == {"answers", "videos"}
+    for uri in found:
+        data = STORAGE.read(uri)
+        STORAGE.write(uri.replace(".parquet", "-copy.parquet"), data[: len(data) // 2])
+    corpus.run()
+    assert corpus.seen() == GOOD
+    assert list(verify_output(STORAGE, corpus.config.output)) == []
 
 
 def test_a_changed_video_is_done_again_and_its_old_answer_gone(corpus: Corpus) -> None:

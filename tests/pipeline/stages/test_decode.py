@@ -1,5 +1,6 @@
 """The decode stage as a plain callable: a bad video costs one row, and nothing is left behind."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from pipeline.decoder import decode_file
 from pipeline.decoder_process import DecoderProcess
 from pipeline.media_index import DecodeError
 from pipeline.stages.decode import Decode
-from pipeline.storage import ObjectInfo, StorageError
+from pipeline.storage import ObjectInfo, Storage, StorageError
 from pipeline.testing import clips
 
 MEDIA = MediaConfig()
@@ -118,6 +119,23 @@ def test_an_object_over_the_size_limit_is_not_fetched(folder: Path, tmp_path: Pa
     stage.close()
     assert row["error_type"] == "too_large"
     assert "decode.max_size_bytes" in row["error_message"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_costs_the_videos_that_do_not_fit(
+    stage: Decode, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, "it is full")
+
+    monkeypatch.setattr(Storage, "download", refuse)
+    row = {"video_key": "a", "uri": "s3://b/a.mp4", "size_bytes": 10, "etag": "e"}
+    (out,) = run(stage, {**row, "prompts": [], "attempts": 1})
+    assert (out["error_stage"], out["error_type"]) == ("decode", "disk_full")
+    assert "s3://b/a.mp4: 10 bytes do not fit in" in out["error_message"]
+    monkeypatch.setattr(Storage, "download", lambda *_: (_ for _ in ()).throw(OSError(5, "bug")))
+    with pytest.raises(OSError, match="bug"):
+        run(stage, {**row, "prompts": [], "attempts": 1})
 
 
 def test_names_with_spaces_and_unicode_are_read(stage: Decode, folder: Path) -> None:

@@ -1,0 +1,123 @@
+"""Measure the key index of a token cache: `python jobs/benchmark_index.py [--keys 100000 ...]`.
+
+A cache as compaction leaves it is made in a temporary folder (50 bytes of disk a key), with 256
+videos a part file. Its part files are empty: with a key file none is opened. Measured is a process
+of its own, which loads the index and looks every key up. `--parts` also writes true part files
+(2.4 KB a key) and loads the index from their footers, as before the first compaction.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import cache_keys, key_index, rows, token_cache
+from pipeline.config import StorageConfig
+from pipeline.storage import Storage
+from pipeline.token_cache import CacheIndex
+
+STORAGE = Storage(StorageConfig())
+VIDEOS_A_FILE = 256  # of 1 MB of tokens each in files of 256 MB
+LOOKED_UP_AT_ONCE = 8192  # as the work list does
+RUN_ID = "20260101T000000Z-00000000"
+
+
+def random_keys(count: int) -> key_index.Keys:
+    """Return that many keys, always the same ones."""
+    return np.frombuffer(np.random.default_rng(0).bytes(32 * count), key_index.KEY)
+
+
+def in_hex(keys: key_index.Keys) -> list[str]:
+    """Return keys as the columns hold them."""
+    text = keys.tobytes().hex()
+    return [text[start : start + 64] for start in range(0, len(text), 64)]
+
+
+def make_compacted(folder: Path, count: int) -> None:
+    """Write a key file for `count` keys, and part files without content."""
+    keys = random_keys(count)
+    files = []
+    folder.mkdir()
+    for number, start in enumerate(range(0, count, VIDEOS_A_FILE)):
+        uri = folder / f"part-{RUN_ID}-{number:032x}.parquet"
+        uri.touch()
+        part = keys[start : start + VIDEOS_A_FILE]
+        files.append((str(uri), (part, np.arange(start, start + len(part), dtype=np.int64))))
+    cache_keys.write_keys(STORAGE, str(folder), files, replaces=())
+
+
+def make_parts(folder: Path, count: int) -> None:
+    """Write true part files, of videos with two tokens."""
+    video = {
+        "tokens": bytes(256),
+        "token_dtype": "bfloat16",
+        "token_shape": [2, 64],
+        "positions": [[0, 1]] * 3,
+        "modality": [0, 1],
+        "next_position": 2,
+        "kept_index": [0, 1],
+    }
+    keys = in_hex(random_keys(count))
+    for start in range(0, count, VIDEOS_A_FILE):
+        kept = [
+            {**video, "video_key": key, "uri": f"s3://bucket/videos/{key[:16]}.mp4"}
+            for key in keys[start : start + VIDEOS_A_FILE]
+        ]
+        token_cache.write_part(STORAGE, str(folder), RUN_ID, rows.build(kept, rows.KEPT))
+
+
+def measure(folder: Path, count: int, name: str) -> None:
+    """Print a line of the table; to be called in a process of its own, for its memory."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    index = CacheIndex(STORAGE, str(folder))
+    load_s = time.perf_counter() - start
+    keys = random_keys(count)
+    found = 0
+    start = time.perf_counter()
+    for begin in range(0, count, LOOKED_UP_AT_ONCE):
+        asked = in_hex(keys[begin : begin + LOOKED_UP_AT_ONCE])
+        found += sum(place is not None for place in index.locate(asked))
+    find_s = time.perf_counter() - start
+    if found != count:
+        raise RuntimeError(f"{found} of {count} keys were found")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"| {count:,} | {name} | {load_s:.1f} s | {find_s:.1f} s | {load_s + find_s:.1f} s | "
+        f"{time.process_time() - cpu_start:.1f} s | "
+        f"{most:.2f} GiB |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keys", type=int, nargs="+", default=[10**5, 10**6, 10**7])
+    parser.add_argument("--parts", type=int, nargs="+", default=[10**4, 10**5], metavar="KEYS")
+    options = parser.parse_args()
+    print(f"{platform.machine()}, Python {platform.python_version()}\n")
+    print("| keys | read from | load | look all up | together | of CPU | peak memory |")
+    print("|---|---|---|---|---|---|---|")
+    spawn = multiprocessing.get_context("spawn")
+    for make, counts, name in (
+        (make_parts, options.parts, "part files"),
+        (make_compacted, options.keys, "key file"),
+    ):
+        for count in counts:
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary) / "cache"
+                make(folder, count)
+                child = spawn.Process(target=measure, args=(folder, count, name))
+                child.start()
+                child.join()
+                if child.exitcode:
+                    raise RuntimeError(f"the measurement ended with {child.exitcode}")
+
+
+if __name__ == "__main__":
+    main()

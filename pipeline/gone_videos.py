@@ -1,0 +1,212 @@
+"""Videos whose objects are gone: earlier runs know them, a complete listing names them no more.
+
+They are reported, and with `sync.delete=true` their answers leave the readers' view and their
+tokens the index. Nothing is removed unless all of this holds:
+
+- the source is a prefix: a manifest may name any part of a corpus;
+- its listing came to its end without an error and named at least one video;
+- at most `sync.max_share` of the videos known below it are missing;
+- the store, asked for the very object, says that there is none.
+
+The bytes go with `jobs/compact.py`: it drops these rows from answers and cache.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import key_index, keys, rows, token_cache
+from pipeline.answers import find_files
+from pipeline.parquet import UNREADABLE, read_columns
+from pipeline.readers_view import DELETED
+from pipeline.storage import Storage, StorageError, join
+from pipeline.token_cache import CacheIndex
+
+_READERS = 32
+_PROBES = 64  # requests in flight: a probe is all latency
+_NAMED_AT_ONCE = 8192
+_VIDEOS = pa.schema([("uri", pa.string()), ("video_key", pa.string())])
+
+
+class RollCall:
+    """Know which of the videos of earlier runs a listing names."""
+
+    def __init__(self, videos: pa.Table, prefix: str) -> None:
+        """Take what is known, columns uri and video_key; what is not below `prefix` is left out."""
+        below = pc.starts_with(videos.column("uri"), pattern=keys.plain(prefix) + "/")
+        videos = videos.filter(below)
+        self._uris = pc.unique(videos.column("uri"))
+        self._uri_of = np.asarray(pc.index_in(videos.column("uri"), self._uris), np.int64)
+        self._uri_index = key_index.KeyIndex(_in_blocks(self._uris, _digests))
+        video_keys = _in_blocks(videos.column("video_key"), key_index.from_hex)
+        self._key_index = key_index.KeyIndex(video_keys)
+        self._key_of = self._key_index.find(video_keys)
+        self._named: npt.NDArray[np.bool_] = np.zeros(len(self._uris), np.bool_)
+        self._recognised: npt.NDArray[np.bool_] = np.zeros(len(video_keys), np.bool_)
+        self._waiting: list[str] = []
+
+    def __len__(self) -> int:
+        """Return the number of uris that are known below the prefix."""
+        return len(self._uris)
+
+    def name(self, uri: str) -> None:
+        """Note an object of the listing, whether it is taken as a video or not."""
+        self._waiting.append(uri)
+        if len(self._waiting) >= _NAMED_AT_ONCE:
+            self._note()
+
+    def recognise(self, video_keys: Sequence[str]) -> None:
+        """Note videos of the listing by their keys: with hash_content a moved one keeps its own."""
+        places = self._key_index.find(key_index.from_hex(list(video_keys)))
+        self._recognised[places[places >= 0]] = True
+
+    def absent(self) -> list[str]:
+        """Return the uris that nothing was noted of, sorted."""
+        self._note()
+        named = self._named.copy()
+        named[self._uri_of[self._recognised[self._key_of]]] = True
+        return sorted(self._uris.filter(pa.array(~named)).to_pylist())
+
+    def _note(self) -> None:
+        places = self._uri_index.find(_digests(self._waiting))
+        self._named[places[places >= 0]] = True
+        self._waiting = []
+
+
+def _digests(uris: Sequence[str]) -> key_index.Keys:
+    # A name that is not UTF-8 stands in the rows with its bytes spelt out.
+    digests = (hashlib.sha256(uri.encode(errors="backslashreplace")).digest() for uri in uris)
+    return np.frombuffer(b"".join(digests), key_index.KEY)
+
+
+def _in_blocks(
+    column: pa.Array | pa.ChunkedArray, convert: Callable[[list[str]], key_index.Keys]
+) -> key_index.Keys:
+    """Convert a column piece by piece: as Python strings all of it would take twice the memory."""
+    starts = range(0, len(column), _NAMED_AT_ONCE)
+    parts = [convert(column.slice(start, _NAMED_AT_ONCE).to_pylist()) for start in starts]
+    return np.concatenate([np.empty(0, key_index.KEY), *parts])
+
+
+def known_videos(storage: Storage, output: str, seen: pa.Table, cached: CacheIndex) -> pa.Table:
+    """Return uri and video_key of what readers see, and of what has tokens without an answer."""
+    tables = [seen.select(_VIDEOS.names).cast(_VIDEOS)]
+    for table in _read_videos(storage, output):
+        places = cached.locate(table.column("video_key").to_pylist())
+        tables.append(table.filter(pa.array([place is not None for place in places], pa.bool_())))
+    return pa.concat_tables(tables).group_by(_VIDEOS.names).aggregate([])
+
+
+def _read_videos(storage: Storage, output: str) -> Iterable[pa.Table]:
+    files = find_files(output, storage)
+
+    def read(uri: str) -> pa.Table:
+        try:
+            return read_columns(storage, uri, _VIDEOS.names).select(_VIDEOS.names).cast(_VIDEOS)
+        except UNREADABLE:
+            return _VIDEOS.empty_table()  # jobs/verify.py names it
+
+    uris = [uri for uri in (*files.committed, *files.orphans) if "/videos-" in uri]
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(read, uris)
+
+
+@dataclass(frozen=True)
+class Gone:
+    """What a listing did not name of what is known, and what is done about it."""
+
+    absent: tuple[str, ...] = ()  # uris
+    removed: tuple[str, ...] = ()  # of them
+    warning: str = ""  # why none is removed, although it was asked for
+
+
+def settle(storage: Storage, roll_call: RollCall | None, *, delete: bool, max_share: float) -> Gone:
+    """Say which videos are gone, and which of them are removed: see the head of this file."""
+    absent = roll_call.absent() if roll_call is not None else []
+    if roll_call is None or not absent or not delete:
+        return Gone(tuple(absent))
+    share = len(absent) / len(roll_call)
+    if share > max_share:
+        return Gone(
+            tuple(absent),
+            warning=f"nothing was removed: {len(absent):,} of {len(roll_call):,} known videos are "
+            f"gone ({share:.0%}), more than sync.max_share={max_share:g}. Check `source`; if they "
+            f"are meant to be gone, run once with sync.max_share={min(1.0, share + 0.005):.2f}",
+        )
+    with ThreadPoolExecutor(_PROBES) as pool:
+        gone = pool.map(lambda uri: _is_gone(storage, uri), absent)
+        removed = [uri for uri, is_gone in zip(absent, gone, strict=True) if is_gone]
+    there = len(absent) - len(removed)
+    return Gone(
+        tuple(absent),
+        tuple(removed),
+        warning=f"{there:,} videos were not in the listing but are in the store, or it does not "
+        "say; they stay"
+        if there
+        else "",
+    )
+
+
+def _is_gone(storage: Storage, uri: str) -> bool:
+    try:
+        storage.stat(uri)
+    except StorageError as error:
+        return error.error_type == "not_found"
+    return False
+
+
+def hide_answers(storage: Storage, folder: str, gone: Gone, *, not_before: datetime) -> None:
+    """Write what is gone into a run's folder: `gone.parquet`, a row for each uri.
+
+    For each that is removed also a row of rows.ANSWERS that hides all earlier ones; like all that
+    a run writes it counts from the run's commit on.
+    """
+    if not gone.absent:
+        return
+    removed = set(gone.removed)
+    columns = {"uri": gone.absent, "removed": [uri in removed for uri in gone.absent]}
+    _write(storage, join(folder, "gone.parquet"), pa.table(columns))
+    if removed:
+        run_id = folder.rpartition("/")[2]
+        moment = max(datetime.now(UTC), not_before)
+        deletions = [
+            {"uri": uri, "status": DELETED, "run_id": run_id, "created_at": moment}
+            for uri in gone.removed
+        ]
+        table = rows.build(deletions, rows.ANSWERS)
+        _write(storage, join(folder, "answers-deleted.parquet"), table)
+
+
+def _write(storage: Storage, uri: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    storage.write(uri, sink.getvalue())
+
+
+def bury_tokens(storage: Storage, output: str, cache_root: str, gone: Gone) -> None:
+    """Take the tokens of removed videos, of all versions and settings, out of the indexes.
+
+    Killed before its end it is done by the next run, which still finds them in the videos files.
+    """
+    if not gone.removed:
+        return
+    wanted = pa.array(gone.removed, pa.string())
+    video_keys: set[str] = set()
+    for table in _read_videos(storage, output):
+        found = table.filter(pc.is_in(table.column("uri"), wanted))
+        video_keys.update(found.column("video_key").to_pylist())
+    asked = sorted(video_keys)
+    for folder in token_cache.find_folders(storage, cache_root):
+        index = CacheIndex(storage, folder)
+        places = zip(asked, index.locate(asked), strict=True)
+        found_here = [(key, place) for key, place in places if place is not None]
+        if found_here:
+            token_cache.bury_all(storage, folder, found_here, reason="their objects are gone")

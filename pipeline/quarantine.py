@@ -1,0 +1,104 @@
+"""Videos that kill the worker they are in: noticed, tried alone, and given up as failed rows.
+
+Ray starts a dead actor again and gives it the same rows, for ever: one video that exhausts the
+memory of its machine would keep a whole corpus from its end. So each stage that works on media says
+in a ledger which videos it begins and ends. One that was begun, alone, and never ended
+as often as pipeline.retry says fails as `worker_crash`.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from pipeline import rows
+from pipeline.retry import MAX_DEATHS
+
+
+class Ledger:
+    """Know which videos were begun and not ended, by stage. A Ray actor: one for each run."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, str], bool] = {}  # whether it was begun alone
+        self._suspects: set[tuple[str, str]] = set()
+        self._deaths: Counter[tuple[str, str]] = Counter()
+
+    def begin(self, stage: str, video_keys: Sequence[str]) -> int | None:
+        """Note that a worker begins these videos.
+
+        Return None when there is no suspicion; else the most often that one of them was begun alone
+        and its worker died.
+        """
+        own = [(stage, key) for key in video_keys]
+        for video in own:
+            if video in self._open:
+                self._suspects.add(video)
+                self._deaths[video] += self._open[video]
+            self._open[video] = len(own) == 1
+        if self._suspects.isdisjoint(own):
+            return None
+        return max(self._deaths[video] for video in own)
+
+    def put_back(self, stage: str, video_keys: Sequence[str]) -> None:
+        """Note that these were not worked on after all; what is known of them stays."""
+        for key in video_keys:
+            self._open.pop((stage, key), None)
+
+    def end(self, stage: str, video_keys: Sequence[str]) -> None:
+        """Note that a worker has done these videos."""
+        for key in video_keys:
+            self._open.pop((stage, key), None)
+            self._suspects.discard((stage, key))
+            self._deaths.pop((stage, key), None)
+
+
+def new_ledger() -> Any:
+    """Start the ledger of a run; it lives as long as the handle that is returned."""
+    # Killed itself it comes back empty: a count begins anew.
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Ledger).remote()
+
+
+def guard(stage: type, arguments: dict[str, Any], ledger: Any) -> dict[str, Any]:
+    """Return what map_batches is told to run a stage as Guarded."""
+    return {"fn_constructor_kwargs": {"stage": stage, "arguments": arguments, "ledger": ledger}}
+
+
+class Guarded:
+    """Run a stage with the ledger: its columns are those of the stage."""
+
+    def __init__(self, stage: type, arguments: dict[str, Any], ledger: Any) -> None:
+        """Make the stage; `ledger` is what new_ledger returned."""
+        self._stage = stage(**arguments)
+        self._name = stage.__name__.lower()
+        self._ledger = ledger
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Return what the stage makes of a block; after a death, of each of its rows alone."""
+        video_keys = block.column("video_key").to_pylist()
+        deaths = ray.get(self._ledger.begin.remote(self._name, video_keys))
+        if deaths is None:
+            done = self._stage(block)
+            ray.get(self._ledger.end.remote(self._name, video_keys))
+            return done
+        ray.get(self._ledger.put_back.remote(self._name, video_keys))
+        return pa.concat_tables(
+            self._alone(key, block.slice(row, 1)) for row, key in enumerate(video_keys)
+        )
+
+    def _alone(self, video_key: str, row: pa.Table) -> pa.Table:
+        deaths = ray.get(self._ledger.begin.remote(self._name, [video_key])) or 0
+        if deaths >= MAX_DEATHS:
+            row = self._failed(row, deaths)  # which the stage passes on untouched
+        done = self._stage(row)
+        ray.get(self._ledger.end.remote(self._name, [video_key]))
+        return done
+
+    def _failed(self, row: pa.Table, deaths: int) -> pa.Table:
+        [video] = rows.iterate(row)
+        message = (
+            f"{video['uri']}: {deaths} workers died while they had it in {self._name}; look for "
+            "the reason in Ray's logs (often the memory of the machine), transcode or remove it"
+        )
+        return rows.build([rows.failed(video, self._name, "worker_crash", message)], row.schema)
