@@ -40,7 +40,11 @@ def _kept(work: WorkList, run: Settings, pools: Pools) -> Dataset:
                 num_actors=pools.decode.actors,
             )
             .map_batches(Decode, fn_constructor_kwargs=run.decode, **pools.decode.of(1))
-            .map_batches(Compress, fn_constructor_kwargs=run.compress, **pools.compress.of(1))
+            .map_batches(
+                Compress,
+                fn_constructor_kwargs=run.compress,
+                **pools.compress.of(run.videos_per_compression),
+            )
             .map_batches(
                 WriteCache,
                 fn_constructor_kwargs=run.write_cache,

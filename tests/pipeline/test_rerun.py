@@ -63,7 +63,7 @@ class Corpus:
             return None
         commit(STORAGE, config.output, run_id, done.orphans)
         return make_report(
-            STORAGE, config.output, run_id, counts=work.counts, actors={}, wall_s=1.0
+            STORAGE, config.output, run_id, counts=work.counts, actors={}, wall_s=1.0, held_s=1.0
         )
 
     def compress(self, block: pa.Table) -> pa.Table:
