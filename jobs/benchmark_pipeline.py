@@ -185,8 +185,9 @@ def measure(folder: Path, sizes: Sizes) -> None:
     )
     print("\n| alone | s a video | videos a s | |\n|---|---|---|---|")
     decoder = Decode(**run.decode)
-    block = decoder(rows.build([row_of(videos[0])] * sizes.batch, rows.IDENTITY))
+    [row] = rows.iterate(decoder(rows.build([row_of(videos[0])], rows.IDENTITY)))
     decoder.close()
+    block = rows.build([row] * sizes.batch, rows.DECODED)
     kept = compress_alone(block, run, sizes)
     cache_alone(kept, run, pools.write_cache.actors)
     del block, kept

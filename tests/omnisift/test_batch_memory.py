@@ -2,7 +2,7 @@
 
 import itertools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnisift.batch_memory import ClipSize, MemoryBudget
@@ -20,6 +20,7 @@ BUDGETS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(SIZES, min_size=1, max_size=7), BUDGETS)
 def test_no_cut_of_a_list_into_fitting_batches_has_fewer(
     sizes: list[ClipSize], budget: MemoryBudget
@@ -37,6 +38,7 @@ def test_no_cut_of_a_list_into_fitting_batches_has_fewer(
             assert not all(itertools.starmap(fits, itertools.pairwise(borders)))
 
 
+@settings(deadline=None)
 @given(st.lists(SIZES, min_size=1, max_size=3), SIZES, BUDGETS)
 def test_another_clip_never_needs_less(
     sizes: list[ClipSize], another: ClipSize, budget: MemoryBudget
