@@ -191,22 +191,49 @@ def measure_towers(model: Any, sizes: Sizes) -> None:
 
 
 def _measure_whole(backbone: Backbone, clips: list[Clip], rounds: int) -> None:
-    device = backbone.device
     selector = AudioSelector(backbone.width).requires_grad_(requires_grad=False)
     compressor = VideoCompressor(backbone, selector, drop_shares(RETAIN))
-    gibibytes = ""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        weights = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        compressor(clips[:1])
-        one = torch.cuda.max_memory_allocated(device) - weights
-        compressor(clips)
-        four = torch.cuda.max_memory_allocated(device) - weights
-        gibibytes = f"peak above the weights {one / 2**30:.2f} GiB, four at once {four / 2**30:.2f}"
-    whole = alternately({"one": lambda: compressor(clips[:1])}, device, rounds)
-    report("frames and sound to kept tokens", whole["one"], None, gibibytes)
+    whole = alternately({"one": lambda: compressor(clips[:1])}, backbone.device, rounds)
+    report("frames and sound to kept tokens", whole["one"], None)
+    with _no_waiting(backbone.device):
+        pending = compressor.start(clips[:1])
+    pending.result()
+    if backbone.device.type == "cuda":
+        for gibibytes in (2, 3, 6):
+            _measure_memory(backbone, selector, clips, gibibytes << 30)
+
+
+def _measure_memory(
+    backbone: Backbone, selector: AudioSelector, clips: list[Clip], limit_bytes: int
+) -> None:
+    """Compress all clips in batches that fit the limit, one queued behind the other."""
+    device = backbone.device
+    compressor = VideoCompressor(
+        backbone, selector, drop_shares(RETAIN), memory_limit_bytes=limit_bytes
+    )
+    batches = list(compressor.budget.split([clip.size for clip in clips]))
+    gc.collect()
+    torch.cuda.empty_cache()
+    weights = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    before = None
+    for places in batches:
+        pending = compressor.start([clips[place] for place in places])
+        if before is not None:
+            before.result()
+        before = pending
+    assert before is not None
+    before.result()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(device) - weights
+    print(
+        f"| memory, {len(clips)} videos, limit {limit_bytes / 2**30:.0f} GiB | "
+        f"{peak / 2**30:.2f} GiB above the weights, {len(batches)} batches, "
+        f"{seconds / len(clips) * 1e3:.0f} ms a video | | | |"
+    )
+    if peak > limit_bytes:
+        raise RuntimeError(f"a batch took {peak} bytes, {limit_bytes} were allowed")
 
 
 @torch.inference_mode()

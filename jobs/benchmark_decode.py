@@ -14,9 +14,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import av
 import decord
 import torch
 
@@ -25,27 +23,10 @@ from pipeline.config import DecodeConfig, MediaConfig
 from pipeline.decoder import decode_file
 from pipeline.decoder_process import DecoderProcess
 from pipeline.media_index import index_video, open_media, video_stream
-from pipeline.testing.clips import encode
+from pipeline.testing.clips import encode, repeat
 
 MEDIA = MediaConfig()
 LIMITS = DecodeConfig(deadline_s=3600)
-
-
-def repeat(short: Path, path: Path, duration_s: float) -> Path:
-    """Write a long video: the packets of a short one again and again."""
-    with av.open(str(short)) as source, av.open(str(path), "w") as output:
-        stream = source.streams.video[0]
-        packets: list[Any] = [packet for packet in source.demux(stream) if packet.dts is not None]
-        span = sum(packet.duration for packet in packets)
-        copy = output.add_stream_from_template(stream)
-        for turn in range(round(duration_s / (span * packets[0].time_base))):
-            for packet in packets:
-                again = av.Packet(bytes(packet))
-                again.pts, again.dts = packet.pts + turn * span, packet.dts + turn * span
-                again.duration, again.time_base = packet.duration, packet.time_base
-                again.is_keyframe, again.stream = packet.is_keyframe, copy
-                output.mux(again)
-    return path
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -14,7 +15,8 @@ from transformers import DynamicCache
 from omnisift.audio_tower import AudioTower
 from omnisift.layout import Block, Modality, ModelLayout, num_audio_tokens
 from omnisift.media import log_mel, num_mel_frames, patchify
-from omnisift.vision_tower import VisionTower
+from omnisift.transfer import upload, upload_media
+from omnisift.vision_tower import MAX_PATCHES, VisionTower
 
 # "packed": all windows at once, compiled on a GPU; "stock": transformers' own forward.
 Towers = Literal["packed", "stock"]
@@ -44,7 +46,8 @@ class Backbone:
         return dtype
 
     @cached_property
-    def _packed_vision(self) -> VisionTower:
+    def packed_vision(self) -> VisionTower:
+        """Return the packed vision tower, made when first asked for."""
         return VisionTower(inner(self.model).visual)
 
     @cached_property
@@ -52,10 +55,15 @@ class Backbone:
         return AudioTower(inner(self.model).audio_tower)
 
     @torch.inference_mode()
-    def encode_video(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        """Run the vision tower on clips uint8 [T, H, W, 3]; return [n, D] each, in one call."""
+    def encode_video(
+        self, clips: Sequence[Tensor], *, max_patches: int = MAX_PATCHES
+    ) -> list[Tensor]:
+        """Run the vision tower on clips uint8 [T, H, W, 3]; return [n, D] each, in one call.
+
+        `max_patches` bounds the memory of the packed tower.
+        """
         if self.towers == "packed":
-            return self._packed_vision(clips)
+            return self.packed_vision(clips, max_patches=max_patches)
         patches, grids = zip(*(patchify(clip.to(self.device)) for clip in clips), strict=True)
         grid_thw = torch.tensor(grids, device=self.device)
         features = self.model.get_video_features(
@@ -71,7 +79,7 @@ class Backbone:
         """
         counts = [num_audio_tokens(num_mel_frames(len(waveform))) for waveform in waveforms]
         mels = [
-            log_mel(waveform.to(self.device))
+            log_mel(upload_media(waveform, self.device))
             for waveform, count in zip(waveforms, counts, strict=True)
             if count
         ]
@@ -100,11 +108,11 @@ class Backbone:
     @torch.inference_mode()
     def place(self, block: Block, video: Tensor, audio: Tensor) -> Tensor:
         """Return the block's embeddings [L, D]: its marks with the media's tokens scattered in."""
-        modality = torch.from_numpy(block.modality).to(self.device)
-        embeds = self.embed(torch.from_numpy(block.ids))
-        for kind, tokens in ((Modality.VIDEO, video), (Modality.AUDIO, audio)):
-            places = torch.nonzero_static(modality == kind, size=tokens.shape[0]).squeeze(1)
-            embeds[places] = tokens.to(embeds.dtype)
+        places = [np.flatnonzero(block.modality == k) for k in (Modality.VIDEO, Modality.AUDIO)]
+        ids, *places_on_device = upload([block.ids, *places], self.device)
+        embeds = self.embed(ids)
+        for place, tokens in zip(places_on_device, (video, audio), strict=True):
+            embeds[place] = tokens.to(embeds.dtype)
         return embeds
 
     @torch.inference_mode()

@@ -14,22 +14,27 @@ Codec = Literal["float32", "bfloat16", "int8"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
 
 
-def encode(tokens: Tensor, codec: Codec) -> bytes:
+def encode(tokens: Tensor, codec: Codec) -> bytes | memoryview:
     """Return tokens [n, D] as bytes.
 
-    float32 and bfloat16: the values, row by row. int8: the values divided by their token's scale
+    float32 and bfloat16: the values, row by row; of tokens of that type on the CPU not a copy but
+    a view. int8: the values divided by their token's scale
     and rounded to -127..127, row by row, then the n scales as float32. A token's scale is its
     largest magnitude / 127, so that no value is off by more than half a scale.
     """
     if codec == "float32":
-        return tokens.float().cpu().numpy().tobytes()
+        return _view(tokens.float())
     if codec == "bfloat16":
-        return tokens.bfloat16().cpu().view(torch.int16).numpy().tobytes()
+        return _view(tokens.bfloat16().view(torch.int16))
     values = tokens.float()
     scale = values.abs().amax(dim=1) / 127
     steps = values / torch.where(scale > 0, scale, 1.0)[:, None]
     rounded = steps.round().clamp(-127, 127).to(torch.int8)
     return rounded.cpu().numpy().tobytes() + scale.cpu().numpy().tobytes()
+
+
+def _view(values: Tensor) -> memoryview:
+    return values.cpu().contiguous().numpy().reshape(-1).view(np.uint8).data
 
 
 def decode(

@@ -3,8 +3,10 @@
 Shapes: T frames, N samples, n kept tokens, D width.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,11 +16,12 @@ from torch import Tensor
 from omnisift.audio_importance import encode_audio_with_importance
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
-from omnisift.compress import DropShares
+from omnisift.batch_memory import ClipSize, MemoryBudget
+from omnisift.compress import Compressed, DropShares
 from omnisift.layout import Block, Modality, num_audio_tokens, place_block
 from omnisift.media import FACTOR, TEMPORAL_PATCH, num_mel_frames
 from omnisift.methods import compress_with, find_method
-from omnisift.transfer import download
+from omnisift.transfer import Download, start_download
 
 
 class TooLongError(ValueError):
@@ -32,6 +35,13 @@ class Clip:
     frames: Tensor  # uint8 [T, H, W, 3], T even, H and W multiples of 28
     audio: Tensor  # float32 [N] mono at 16 kHz, empty when silent
     fps: float  # sampled frames a second
+
+    @property
+    def size(self) -> ClipSize:
+        """Return what the clip consists of, in tokens."""
+        frames, height, width, _ = self.frames.shape
+        audio = num_audio_tokens(num_mel_frames(self.audio.shape[0]))
+        return ClipSize(frames // TEMPORAL_PATCH, height // FACTOR, width // FACTOR, audio)
 
 
 @dataclass(frozen=True)
@@ -57,91 +67,41 @@ class KeptTokens:
         return int((self.modality == Modality.AUDIO).sum())
 
 
-class VideoCompressor:
-    """Shorten clips to their kept tokens."""
+@dataclass(frozen=True)
+class _Moment:
+    """A moment in the work of a device."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        selector: AudioSelector,
-        shares: DropShares,
-        *,
-        method: str = "omnisift",
-        nominal_timestamps: bool = False,
-    ) -> None:
-        """Take the towers of `backbone`; its LLM layers are not needed.
+    host_s: float
+    event: torch.cuda.Event | None  # of a GPU, which the host runs ahead of
 
-        `method` is one of `methods.METHODS`; those without a selector leave it aside.
-        `nominal_timestamps` stamps every grid one second apart, as the reference does, also
-        where a long video was sampled more sparsely.
-        """
-        self.backbone = backbone
-        self.selector = selector.to(backbone.device).eval()
-        self.shares = shares
-        self.method = method
-        self.needs = find_method(method)
-        self.nominal_timestamps = nominal_timestamps
+    @classmethod
+    def now(cls, device: torch.device) -> "_Moment":
+        event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if event is not None:
+            event.record()
+        return cls(time.perf_counter(), event)
 
-    def block_of(self, clip: Clip) -> Block:
-        """Lay out a clip. Raises TooLongError where it cannot fit the model's positions."""
-        num_frames, height, width, _ = clip.frames.shape
-        seconds_per_grid = TEMPORAL_PATCH / clip.fps
-        block = place_block(
-            self.backbone.layout,
-            grids=num_frames // TEMPORAL_PATCH,
-            height=height // FACTOR,
-            width=width // FACTOR,
-            seconds_per_grid=1.0 if self.nominal_timestamps else seconds_per_grid,
-            audio_tokens=num_audio_tokens(num_mel_frames(clip.audio.shape[0])),
-        )
-        if block.next_position >= self.backbone.max_positions:
-            raise TooLongError(
-                f"the video ends at position {block.next_position}, the model was made for "
-                f"{self.backbone.max_positions} (25 a second)"
-            )
-        return block
+    def until(self, end: "_Moment") -> float:
+        """Return the seconds between two moments that are past."""
+        if self.event is None or end.event is None:
+            return end.host_s - self.host_s
+        return float(self.event.elapsed_time(end.event)) / 1e3
 
-    @torch.inference_mode()
-    def __call__(
-        self, clips: Sequence[Clip], *, video_keys: Sequence[str] | None = None
-    ) -> list[KeptTokens]:
-        """Return the kept tokens of each clip, on the CPU.
 
-        `video_keys`, one a clip, seed the methods that leave something to chance.
-        """
-        blocks = [self.block_of(clip) for clip in clips]
-        video = self.backbone.encode_video([clip.frames for clip in clips])
-        waveforms = [clip.audio for clip in clips]
-        importance: list[Tensor] | None = None
-        if self.needs.audio_importance:
-            audio, importance = encode_audio_with_importance(self.backbone, waveforms)
-        else:
-            audio = self.backbone.encode_audio(waveforms)
-        layout = self.backbone.layout
-        compressed = compress_with(
-            self.method,
-            [
-                (
-                    self.backbone.place(block, seen, heard),
-                    torch.from_numpy(block.ids),
-                    torch.from_numpy(block.positions),
-                )
-                for block, seen, heard in zip(blocks, video, audio, strict=True)
-            ],
-            video_drop=self.shares.video,
-            audio_drop=self.shares.audio,
-            video_token_id=layout.video_token_id,
-            audio_token_id=layout.audio_token_id,
-            selector=self.selector,
-            video_keys=video_keys,
-            audio_importance=importance,
-            positions_per_chunk=layout.positions_per_chunk,
-        )
-        on_host = download(
-            [tensor for result in compressed for tensor in (result.embeds, result.kept_index)]
-        )
+@dataclass(frozen=True)
+class Pending:
+    """Clips that a device is still compressing."""
+
+    _blocks: Sequence[Block]
+    _download: Download
+    _began: _Moment
+    _ended: _Moment
+
+    def result(self) -> list[KeptTokens]:
+        """Return the kept tokens of each clip, on the CPU, once they are there."""
+        on_host = self._download.wait()
         kept = []
-        for block, embeds, index_n in zip(blocks, on_host[::2], on_host[1::2], strict=True):
+        for block, embeds, index_n in zip(self._blocks, on_host[::2], on_host[1::2], strict=True):
             index = index_n.numpy()
             kept.append(
                 KeptTokens(
@@ -155,3 +115,125 @@ class VideoCompressor:
                 )
             )
         return kept
+
+    def busy_s(self) -> float:
+        """Return the seconds the device spent on the clips; `result` must have returned."""
+        return self._began.until(self._ended)
+
+
+class VideoCompressor:
+    """Shorten clips to their kept tokens."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        selector: AudioSelector,
+        shares: DropShares,
+        *,
+        method: str = "omnisift",
+        nominal_timestamps: bool = False,
+        memory_limit_bytes: int = 6 << 30,
+    ) -> None:
+        """Take the towers of `backbone`; its LLM layers are not needed.
+
+        `method` is one of `methods.METHODS`; those without a selector leave it aside.
+        `nominal_timestamps` stamps every grid one second apart, as the reference does, also
+        where a long video was sampled more sparsely. `memory_limit_bytes` is what a batch may
+        take beyond the weights: the vision tower's slices are made to fit, how many clips make
+        a batch says `budget`.
+        """
+        self.backbone = backbone
+        self.selector = selector.to(backbone.device).eval()
+        self.shares = shares
+        self.method = method
+        self.needs = find_method(method)
+        self.nominal_timestamps = nominal_timestamps
+        self._memory_limit_bytes = memory_limit_bytes
+
+    @cached_property
+    def budget(self) -> MemoryBudget:
+        """Return which clips fit together."""
+        return MemoryBudget(
+            limit_bytes=self._memory_limit_bytes,
+            bytes_per_patch=self.backbone.packed_vision.bytes_per_patch,
+            bytes_per_token=self.backbone.width * self.backbone.dtype.itemsize,
+            # placed, laid end to end, and what the method works with: compiled or in float32
+            copies=3 if self.method in ("omnisift", "none") else 6,
+            kept=1.0 if self.method == "none" else 1 - min(self.shares.video, self.shares.audio),
+        )
+
+    def block_of(self, clip: Clip) -> Block:
+        """Lay out a clip. Raises TooLongError where it cannot fit the model's positions."""
+        size = clip.size
+        block = place_block(
+            self.backbone.layout,
+            grids=size.grids,
+            height=size.height,
+            width=size.width,
+            seconds_per_grid=1.0 if self.nominal_timestamps else TEMPORAL_PATCH / clip.fps,
+            audio_tokens=size.audio,
+        )
+        if block.next_position >= self.backbone.max_positions:
+            raise TooLongError(
+                f"the video ends at position {block.next_position}, the model was made for "
+                f"{self.backbone.max_positions} (25 a second)"
+            )
+        return block
+
+    def __call__(
+        self, clips: Sequence[Clip], *, video_keys: Sequence[str] | None = None
+    ) -> list[KeptTokens]:
+        """Return the kept tokens of each clip, on the CPU; see `start`."""
+        return self.start(clips, video_keys=video_keys).result()
+
+    @torch.inference_mode()
+    def start(self, clips: Sequence[Clip], *, video_keys: Sequence[str] | None = None) -> Pending:
+        """Queue the compression of clips on the device, as one batch; a GPU is not waited for.
+
+        `video_keys`, one a clip, seed the methods that leave something to chance.
+        """
+        began = _Moment.now(self.backbone.device)
+        blocks = [self.block_of(clip) for clip in clips]
+        compressed = self._compress(clips, blocks, video_keys)
+        ended = _Moment.now(self.backbone.device)
+        tensors = [tensor for result in compressed for tensor in (result.embeds, result.kept_index)]
+        return Pending(blocks, start_download(tensors), began, ended)
+
+    def _compress(
+        self, clips: Sequence[Clip], blocks: Sequence[Block], video_keys: Sequence[str] | None
+    ) -> list[Compressed]:
+        embeds, importance = self._embed(clips, blocks)
+        layout = self.backbone.layout
+        return compress_with(
+            self.method,
+            [
+                (placed, torch.from_numpy(block.ids), torch.from_numpy(block.positions))
+                for placed, block in zip(embeds, blocks, strict=True)
+            ],
+            video_drop=self.shares.video,
+            audio_drop=self.shares.audio,
+            video_token_id=layout.video_token_id,
+            audio_token_id=layout.audio_token_id,
+            selector=self.selector,
+            video_keys=video_keys,
+            audio_importance=importance,
+            positions_per_chunk=layout.positions_per_chunk,
+        )
+
+    def _embed(
+        self, clips: Sequence[Clip], blocks: Sequence[Block]
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return the embeddings [L, D] of each block, and the importance of its audio if needed."""
+        frames = [clip.frames for clip in clips]
+        video = self.backbone.encode_video(frames, max_patches=self.budget.max_patches)
+        waveforms = [clip.audio for clip in clips]
+        importance: list[Tensor] | None = None
+        if self.needs.audio_importance:
+            audio, importance = encode_audio_with_importance(self.backbone, waveforms)
+        else:
+            audio = self.backbone.encode_audio(waveforms)
+        # Here the towers' own tensors end: compression needs their memory.
+        return [
+            self.backbone.place(block, seen, heard)
+            for block, seen, heard in zip(blocks, video, audio, strict=True)
+        ], importance

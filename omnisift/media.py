@@ -81,6 +81,14 @@ def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.permute(0, 2, 3, 1).contiguous()
 
 
+@cache
+@torch.inference_mode(mode=False)  # whoever asks first, training may use them too
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    # Once for a device: to bring constants there the host would wait each time.
+    mean, std = (torch.tensor(values, device=device) * 255 for values in (_MEAN, _STD))
+    return mean, std
+
+
 def normalise(frames: Tensor) -> Tensor:
     """Return frames in [0, 1], [..., 3, H, W], centred and scaled as `patchify` does."""
     mean, std = (torch.tensor(value, device=frames.device) for value in (_MEAN, _STD))
@@ -96,8 +104,7 @@ def patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     if frames.shape[0] % TEMPORAL_PATCH:
         frames = torch.cat((frames, frames[-1:]))
     num_frames, height, width, _ = frames.shape
-    mean = torch.tensor(_MEAN, device=frames.device) * 255
-    std = torch.tensor(_STD, device=frames.device) * 255
+    mean, std = _normalisation(frames.device)
     pixels = (frames.float() - mean) / std
     grids, rows, columns = num_frames // TEMPORAL_PATCH, height // PATCH, width // PATCH
     pixels = pixels.view(
@@ -109,7 +116,8 @@ def patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 
 
 @cache
-def _mel_filters() -> Tensor:
+@torch.inference_mode(mode=False)
+def _mel_filters(device: torch.device) -> Tensor:
     from transformers.audio_utils import mel_filter_bank  # seconds, and decoding needs none of it
 
     filters = mel_filter_bank(
@@ -121,7 +129,7 @@ def _mel_filters() -> Tensor:
         norm="slaney",
         mel_scale="slaney",
     )
-    return torch.from_numpy(filters).float()
+    return torch.from_numpy(filters).float().to(device)
 
 
 def num_mel_frames(num_samples: int) -> int:
@@ -142,6 +150,6 @@ def log_mel(waveform: Tensor) -> Tensor:
     window = torch.hann_window(_FFT, device=waveform.device)
     spectrum = torch.stft(waveform, _FFT, _HOP, window=window, return_complex=True)
     power = (spectrum[..., :-1].abs() ** 2).contiguous()
-    log_power = torch.clamp(_mel_filters().to(waveform.device).T @ power, min=1e-10).log10()
+    log_power = torch.clamp(_mel_filters(waveform.device).T @ power, min=1e-10).log10()
     log_power = torch.maximum(log_power, log_power.amax((-2, -1), keepdim=True) - 8.0)
     return ((log_power + 4.0) / 4.0)[..., :frames]

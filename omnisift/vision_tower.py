@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from omnisift.media import FACTOR, MERGE, PATCH, TEMPORAL_PATCH, patchify
 from omnisift.segments import Segments, attend, has_varlen, make_segments, pack_linears
-from omnisift.transfer import upload
+from omnisift.transfer import upload, upload_media
 
 log = logging.getLogger(__name__)
 
 _ALIGNMENT = 64  # columns, for the fast matrix kernels
+MAX_PATCHES = 65_536  # of a slice; twice as many gain 2 %
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -93,13 +94,8 @@ def _window_order(
 class VisionTower:
     """Encode clips with the packed weights of a stock tower."""
 
-    def __init__(self, tower: Any, *, max_patches: int = 65_536) -> None:
-        """Pack `tower` (a transformers `Qwen2_5OmniVisionEncoder`); it stays usable.
-
-        `max_patches` bounds the working memory: a slice of that many runs at once (at the
-        published sizes about 22 KB each), or one grid if that is more.
-        """
-        self.max_patches = max_patches
+    def __init__(self, tower: Any) -> None:
+        """Pack `tower` (a transformers `Qwen2_5OmniVisionEncoder`); it stays usable."""
         self.device: torch.device = tower.patch_embed.proj.weight.device
         self.dtype: torch.dtype = tower.patch_embed.proj.weight.dtype
         self.varlen = has_varlen(self.device, self.dtype)
@@ -120,8 +116,20 @@ class VisionTower:
             "compiled" if self.compiled else "eager",
         )
 
-    def __call__(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tokens [N, D] of each clip uint8 [T, H, W, 3], on the tower's device."""
+    @property
+    def bytes_per_patch(self) -> int:
+        """Return the working memory that a patch of a slice takes, at its most (in the MLP)."""
+        mlp = self._blocks[0].gate_up_weight
+        # residual and norm, gate and up, their product; two rotary tables in float32
+        rotary = 2 * 4 * len(self._frequencies)
+        return self.dtype.itemsize * (2 * mlp.shape[1] + 3 * mlp.shape[0] // 2) + 4 * rotary
+
+    def __call__(self, clips: Sequence[Tensor], *, max_patches: int = MAX_PATCHES) -> list[Tensor]:
+        """Return the tokens [N, D] of each clip uint8 [T, H, W, 3], on the tower's device.
+
+        `max_patches` bounds the working memory: a slice of that many runs at once, or one grid
+        if that is more.
+        """
         counts = [
             -(-clip.shape[0] // TEMPORAL_PATCH)
             * (clip.shape[1] // FACTOR)
@@ -131,25 +139,29 @@ class VisionTower:
         out_features = self._merger.mlp[-1].out_features
         tokens = torch.empty(sum(counts), out_features, device=self.device, dtype=self.dtype)
         start = 0
-        for pieces in _slices(clips, self.max_patches):
+        for pieces in _slices(clips, max_patches):
             start += self._encode(pieces, tokens[start:])
         return list(tokens.split(counts))
 
     def _encode(self, pieces: Sequence[Tensor], out_ND: Tensor) -> int:
         """Encode frames that fit the memory into the first rows of `out_ND`; return how many."""
-        patches, grids = zip(*(patchify(self._to_device(piece)) for piece in pieces), strict=True)
+        x_PD, grids = self._embed_patches(pieces)
         order, frames, windows, cos_Pd, sin_Pd = self._lay_out(grids)
-        x_PD = F.linear(torch.cat([patch.to(self.dtype) for patch in patches]), self._embed)
         x_PD = x_PD.view(len(order), -1)[order].view(len(x_PD), -1)
         for number, block in enumerate(self._blocks):
             x_PD = block(x_PD, cos_Pd, sin_Pd, frames if number in self._full else windows)
         out_ND[order] = self._merger(x_PD)
         return len(order)
 
-    def _to_device(self, frames: Tensor) -> Tensor:
-        if self.device.type == "cuda" and frames.device.type == "cpu":
-            frames = frames.pin_memory()
-        return frames.to(self.device, non_blocking=True)
+    def _embed_patches(
+        self, pieces: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[tuple[int, int, int]]]:
+        embedded, grids = [], []
+        for piece in pieces:
+            patches, grid = patchify(upload_media(piece, self.device))
+            embedded.append(F.linear(patches.to(self.dtype), self._embed))
+            grids.append(grid)
+        return torch.cat(embedded), grids
 
     def _lay_out(
         self, grids: Sequence[tuple[int, int, int]]

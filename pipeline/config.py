@@ -121,6 +121,10 @@ class CompressionConfig:
     audio_drop: float | None = _key(None, "share of the audio tokens removed; overrides retain")
     selector: str = _key("", "safetensors file of selector weights; empty: the model's own")
     require_selector: bool = _key(False, "refuse to run when the model has no trained selector")
+    batch_videos: int = _key(4, "videos compressed together, as far as their memory allows")
+    memory_limit_bytes: int = _key(
+        6 << 30, "memory a batch may take beyond the weights; one that takes more is split"
+    )
 
     def __post_init__(self) -> None:
         """Refuse a method there is not and shares outside their range."""
@@ -131,6 +135,15 @@ class CompressionConfig:
             self.method,
         )
         _require(0 < self.retain <= 1, "compression.retain", "in (0, 1]", self.retain)
+        _require(
+            self.batch_videos >= 1, "compression.batch_videos", "at least 1", self.batch_videos
+        )
+        _require(
+            self.memory_limit_bytes >= 512 << 20,
+            "compression.memory_limit_bytes",
+            "at least 536870912 (half a GiB)",
+            self.memory_limit_bytes,
+        )
         for name in ("video_drop", "audio_drop"):
             value = getattr(self, name)
             _require(
@@ -214,7 +227,7 @@ class PoolsConfig:
     answer_actors: int = _key(0, "answering actors; 0: one a GPU, or one without GPUs")
     answer_cpus: float = _key(0.25, "CPUs of an answering actor")
     answer_gpus: float = _key(-1.0, "GPUs of an answering actor; -1: half, if there is any")
-    cache_actors: int = _key(0, "actors that write or read the cache; 0: one for each compressor")
+    cache_actors: int = _key(0, "cache actors; 0: one a compressor, two where it has a GPU")
     cache_cpus: float = _key(0.1, "CPUs of a cache actor")
 
     def __post_init__(self) -> None:

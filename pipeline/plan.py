@@ -44,8 +44,11 @@ def _kept(work: WorkList, run: Settings, pools: Pools, ledger: Any) -> Dataset:
                 num_rows=work.counts.fresh,
                 num_actors=pools.decode.actors,
             )
-            .map_batches(Guarded, **guard(Decode, run.decode, ledger), **pools.decode.of(1))
-            .map_batches(Guarded, **guard(Compress, run.compress, ledger), **pools.compress.of(1))
+            .map_batches(Guarded, **guard(Decode, run.decode, ledger, pools.decode, 1))
+            .map_batches(
+                Guarded,
+                **guard(Compress, run.compress, ledger, pools.compress, run.videos_per_compression),
+            )
             .map_batches(
                 WriteCache,
                 fn_constructor_kwargs=run.write_cache,
@@ -70,7 +73,7 @@ def _kept(work: WorkList, run: Settings, pools: Pools, ledger: Any) -> Dataset:
 
 def _answered(kept: Dataset, run: Settings, pools: Pools, ledger: Any) -> Dataset:
     return kept.map_batches(
-        Guarded, **guard(Answer, run.answer, ledger), **pools.answer.of(run.videos_per_batch)
+        Guarded, **guard(Answer, run.answer, ledger, pools.answer, run.videos_per_batch)
     )
 
 

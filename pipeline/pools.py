@@ -1,7 +1,7 @@
 """How many actors each stage gets on this cluster, checked before anything starts."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -20,11 +20,16 @@ class Pool:
     actors: int
     cpus: float
     gpus: float = 0.0
+    calls: int = 1  # of an actor at the same time, in threads
 
     def of(self, batch_size: int) -> dict[str, Any]:
         """Return what `Dataset.map_batches` is told: this pool, `batch_size` rows a call."""
         return {
-            "compute": ActorPoolStrategy(size=self.actors),
+            "compute": ActorPoolStrategy(
+                size=self.actors,
+                max_concurrent_calls_per_actor=self.calls,
+                enable_true_multi_threading=self.calls > 1,
+            ),
             "num_cpus": self.cpus,
             "num_gpus": self.gpus or None,
             "batch_size": batch_size,
@@ -74,12 +79,16 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
         return Pool(actors or models, cpus, share)
 
     compress = model_pool(config.compress_actors, config.compress_cpus, config.compress_gpus)
+    if compress.gpus:  # one call is copied and packed while the GPU computes the other
+        compress = replace(compress, calls=2)
     answer = (
         model_pool(config.answer_actors, config.answer_cpus, config.answer_gpus)
         if answers
         else Pool(0, 0.0)
     )
-    cache = Pool(config.cache_actors or compress.actors, config.cache_cpus)
+    # zstd and sha256 take a core about as long as a GPU takes for the same tokens
+    writers = compress.actors * compress.calls
+    cache = Pool(config.cache_actors or writers, config.cache_cpus)
     sink = Pool(1, config.cache_cpus)
     taken = sum(pool.actors * pool.cpus for pool in (compress, answer, cache, cache, sink))
     left = cpus - _SPARE_CPUS - taken

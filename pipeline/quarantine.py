@@ -6,14 +6,17 @@ in a ledger which videos it begins and ends. One that was begun, alone, and neve
 as often as pipeline.retry says fails as `worker_crash`.
 """
 
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import ray
 
 from pipeline import rows
+from pipeline.pools import Pool
 from pipeline.retry import MAX_DEATHS
 
 
@@ -25,8 +28,8 @@ class Ledger:
         self._suspects: set[tuple[str, str]] = set()
         self._deaths: Counter[tuple[str, str]] = Counter()
 
-    def begin(self, stage: str, video_keys: Sequence[str]) -> int | None:
-        """Note that a worker begins these videos.
+    def begin(self, stage: str, video_keys: Sequence[str], *, alone: bool) -> int | None:
+        """Note that a worker begins these videos; `alone`: it has nothing else in hand.
 
         Return None when there is no suspicion; else the most often that one of them was begun alone
         and its worker died.
@@ -36,7 +39,7 @@ class Ledger:
             if video in self._open:
                 self._suspects.add(video)
                 self._deaths[video] += self._open[video]
-            self._open[video] = len(own) == 1
+            self._open[video] = alone
         if self._suspects.isdisjoint(own):
             return None
         return max(self._deaths[video] for video in own)
@@ -60,40 +63,82 @@ def new_ledger() -> Any:
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Ledger).remote()
 
 
-def guard(stage: type, arguments: dict[str, Any], ledger: Any) -> dict[str, Any]:
-    """Return what map_batches is told to run a stage as Guarded."""
-    return {"fn_constructor_kwargs": {"stage": stage, "arguments": arguments, "ledger": ledger}}
+def guard(
+    stage: type, arguments: dict[str, Any], ledger: Any, pool: Pool, batch_size: int
+) -> dict[str, Any]:
+    """Return what map_batches is told to run a stage as Guarded in a pool."""
+    return {
+        "fn_constructor_kwargs": {
+            "stage": stage,
+            "arguments": arguments,
+            "ledger": ledger,
+            "overlaps": pool.calls > 1,
+        },
+        **pool.of(batch_size),
+    }
+
+
+class _Gate:
+    """Let the calls of a worker in together, or one in alone."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self._changed:
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._inside)
+            yield  # the lock is kept: nobody else gets in
 
 
 class Guarded:
     """Run a stage with the ledger: its columns are those of the stage."""
 
-    def __init__(self, stage: type, arguments: dict[str, Any], ledger: Any) -> None:
+    def __init__(
+        self, stage: type, arguments: dict[str, Any], ledger: Any, *, overlaps: bool = False
+    ) -> None:
         """Make the stage; `ledger` is what new_ledger returned."""
         self._stage = stage(**arguments)
+        self._overlaps = overlaps
+        self._gate = _Gate()
         self._name = stage.__name__.lower()
         self._ledger = ledger
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Return what the stage makes of a block; after a death, of each of its rows alone."""
         video_keys = block.column("video_key").to_pylist()
-        deaths = ray.get(self._ledger.begin.remote(self._name, video_keys))
-        if deaths is None:
-            done = self._stage(block)
-            ray.get(self._ledger.end.remote(self._name, video_keys))
-            return done
+        with self._gate.together():
+            alone = len(video_keys) == 1 and not self._overlaps
+            deaths = ray.get(self._ledger.begin.remote(self._name, video_keys, alone=alone))
+            if deaths is None:
+                done = self._stage(block)
+                ray.get(self._ledger.end.remote(self._name, video_keys))
+                return done
         ray.get(self._ledger.put_back.remote(self._name, video_keys))
         return pa.concat_tables(
             self._alone(key, block.slice(row, 1)) for row, key in enumerate(video_keys)
         )
 
     def _alone(self, video_key: str, row: pa.Table) -> pa.Table:
-        deaths = ray.get(self._ledger.begin.remote(self._name, [video_key])) or 0
-        if deaths >= MAX_DEATHS:
-            row = self._failed(row, deaths)  # which the stage passes on untouched
-        done = self._stage(row)
-        ray.get(self._ledger.end.remote(self._name, [video_key]))
-        return done
+        with self._gate.alone():
+            deaths = ray.get(self._ledger.begin.remote(self._name, [video_key], alone=True)) or 0
+            if deaths >= MAX_DEATHS:
+                row = self._failed(row, deaths)  # which the stage passes on untouched
+            done = self._stage(row)
+            ray.get(self._ledger.end.remote(self._name, [video_key]))
+            return done
 
     def _failed(self, row: pa.Table, deaths: int) -> pa.Table:
         [video] = rows.iterate(row)

@@ -22,6 +22,9 @@ from pipeline.storage import Storage, join
 
 STAGES = ("decode", "compress", "cache", "answer")
 
+_SPEED_HEADER = (
+    "stage     videos   actors   busy s   busy s an actor   busy   videos/s   seconds of video/s"
+)
 _MAX_EXAMPLES = 10
 _MAX_SEARCHED = 100_000  # failures among which the examples are picked
 _ANSWERS = pa.schema(
@@ -40,6 +43,7 @@ class StageReport:
     busy_s: float
     actors: int
     busy_s_per_actor: float
+    busy_share: float  # of the seconds its actors were held, their start-up included
     videos_per_s: float  # with all actors busy
     video_s_per_s: float
 
@@ -60,6 +64,7 @@ class Report:
     run_id: str
     output: str
     wall_s: float
+    held_s: float  # of them, those for which the actors were held
     source: WorkCounts
     videos: int  # of this run
     videos_ok: int
@@ -90,6 +95,7 @@ def make_report(
     counts: WorkCounts,
     actors: Mapping[str, int],
     wall_s: float,
+    held_s: float,
     warnings: Sequence[str] = (),
     gone: Gone = Gone(),  # noqa: B008 (frozen)
     answered: bool = True,
@@ -117,6 +123,7 @@ def make_report(
         run_id=run_id,
         output=output,
         wall_s=wall_s,
+        held_s=held_s,
         source=counts,
         videos=videos.num_rows,
         videos_ok=good.num_rows,
@@ -130,7 +137,7 @@ def make_report(
         tokens_after=int(after),
         retained=after / before if before else 0.0,
         video_s=_total(good, "duration_s"),
-        stages=[_stage(stage, videos, actors.get(stage, 1)) for stage in STAGES],
+        stages=[_stage(stage, videos, actors.get(stage, 1), held_s) for stage in STAGES],
         gone=len(gone.absent),
         removed=len(gone.removed),
         gone_examples=list((gone.removed or gone.absent)[:_MAX_EXAMPLES]),
@@ -201,16 +208,18 @@ def _speed(report: Report) -> list[str]:
         return []
     lines = [
         "",
-        "stage     videos   actors   busy s   busy s an actor   videos/s   seconds of video/s",
+        _SPEED_HEADER,
     ]
     lines += [
         f"{stage.stage:<8}{stage.videos:>8,}{stage.actors:>9}{stage.busy_s:>9.1f}"
-        f"{stage.busy_s_per_actor:>18.1f}{stage.videos_per_s:>11.2f}{stage.video_s_per_s:>21.1f}"
+        f"{stage.busy_s_per_actor:>18.1f}{stage.busy_share:>7.0%}{stage.videos_per_s:>11.2f}"
+        f"{stage.video_s_per_s:>21.1f}"
         for stage in used
     ]
     lines.append(
-        f"busy s is added up over a stage's actors, which worked side by side for "
-        f"{report.wall_s:.1f} s; the speeds are those of all its actors while busy."
+        f"busy s is added up over a stage's actors, which were held side by side for "
+        f"{report.held_s:.1f} s, start-up included; the speeds are those of all its actors while "
+        "busy."
     )
     if report.wall_s > 0:
         lines.append(
@@ -272,7 +281,7 @@ def _by_type(videos: pa.Table, bad: pa.Table) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _stage(stage: str, videos: pa.Table, actors: int) -> StageReport:
+def _stage(stage: str, videos: pa.Table, actors: int, held_s: float) -> StageReport:
     own = videos.filter(pc.is_valid(videos.column(f"{stage}_s")))
     busy_s = _total(own, f"{stage}_s")
     video_s = _total(own, "duration_s")
@@ -284,6 +293,7 @@ def _stage(stage: str, videos: pa.Table, actors: int) -> StageReport:
         busy_s=busy_s,
         actors=actors,
         busy_s_per_actor=side_by_side_s,
+        busy_share=side_by_side_s / held_s if held_s else 0.0,
         videos_per_s=own.num_rows / side_by_side_s if side_by_side_s else 0.0,
         video_s_per_s=video_s / side_by_side_s if side_by_side_s else 0.0,
     )

@@ -5,10 +5,13 @@ All types are plain Arrow, so that DuckDB, Polars and pandas read every file the
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+_LARGE_BYTES = 1 << 20
 
 PROMPT = pa.struct([("prompt_id", pa.string()), ("prompt", pa.string())])
 
@@ -165,11 +168,32 @@ def _views(column: pa.LargeBinaryArray) -> Iterator[memoryview | None]:
 
 
 def build(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Make a block of `schema` from rows; columns a row lacks are null, others are left out."""
-    return pa.table(
-        [pa.array([row.get(field.name) for row in rows], type=field.type) for field in schema],
-        schema=schema,
-    )
+    """Make a block of `schema` from rows; columns a row lacks are null, others are left out.
+
+    Large binaries are not copied: the block holds on to the memory they lie in.
+    """
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        large = pa.types.is_large_binary(field.type)
+        columns.append(_binaries(values) if large else pa.array(values, field.type))
+    return pa.table(columns, schema=schema)
+
+
+def _binaries(values: Sequence[bytes | memoryview | None]) -> pa.ChunkedArray:
+    chunks = []
+    for large, run in groupby(values, lambda value: len(value or b"") >= _LARGE_BYTES):
+        if large:  # a chunk for each: to put them side by side would copy them
+            chunks += [_borrow(value) for value in run if value is not None]
+        else:
+            chunks.append(pa.array(list(run), pa.large_binary()))
+    return pa.chunked_array(chunks, pa.large_binary())
+
+
+def _borrow(value: bytes | memoryview) -> pa.LargeBinaryArray:
+    ends = pa.py_buffer(np.array([0, len(value)], np.int64))
+    buffers = [None, ends, pa.py_buffer(value)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
 
 
 def failed(row: Mapping[str, Any], stage: str, error_type: str, message: str) -> dict[str, Any]:

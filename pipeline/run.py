@@ -114,10 +114,11 @@ def _run(
         warnings += [f"unreadable, its prompts are asked again: {file}" for file in done.unreadable]
         warnings += [gone.warning] if gone.warning else []
         say(_describe(run.run_id, counts))
+        held_s = 0.0
         if work.fresh or work.cached or work.failed:
-            _configure_ray_data()
+            configure_ray_data()
             run = replace(run, sink={**run.sink, "not_before": done.not_before})
-            _stream(order(work, run, pools), work, lease, say)
+            held_s = _stream(order(work, run, pools), work, lease, say)
         hide_answers(run.storage, run.run_folder, gone, not_before=done.not_before)
         lease.check()
         commit(run.storage, run.output, run.run_id, done.orphans)
@@ -130,6 +131,7 @@ def _run(
             counts=counts,
             actors=pools.actors(fresh=bool(work.fresh), cached=bool(work.cached or work.failed)),
             wall_s=time.monotonic() - start,
+            held_s=held_s,
             warnings=warnings,
             gone=gone,
             answered=answers,
@@ -170,7 +172,8 @@ def start_ray() -> None:
         ray.init(include_dashboard=False, logging_level=logging.ERROR)
 
 
-def _configure_ray_data() -> None:
+def configure_ray_data() -> None:
+    """Make Ray Data lose nothing and say little."""
     context = DataContext.get_current()
     context.max_errored_blocks = 0  # it would drop whole blocks; stages turn bad data into rows
     context.max_consecutive_actor_init_deaths = 3  # a node that dies while a model loads
@@ -181,8 +184,8 @@ def _configure_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _stream(dataset: Dataset, work: WorkList, lease: Lease, say: Say) -> None:
-    """Consume the dataset: every block that arrives is on disk."""
+def _stream(dataset: Dataset, work: WorkList, lease: Lease, say: Say) -> float:
+    """Consume the dataset: every block that arrives is on disk. Return the seconds it took."""
     total = work.counts.fresh + work.counts.cached + work.counts.failed
     done = failed = 0
     start = news = time.monotonic()
@@ -195,3 +198,4 @@ def _stream(dataset: Dataset, work: WorkList, lease: Lease, say: Say) -> None:
         if now - news >= _NEWS_S or done == total:
             news = now
             say(f"{done} of {total} videos done, {failed} failed, {now - start:.0f} s")
+    return time.monotonic() - start

@@ -36,6 +36,7 @@ class Settings:
     read_cache: dict[str, Any]
     answer: dict[str, Any]
     sink: dict[str, Any]
+    videos_per_compression: int
     videos_per_cache_file: int
     videos_per_batch: int
     videos_per_answer_file: int
@@ -102,6 +103,7 @@ def make_settings(
         method=config.compression.method,
         shares=config.compression.shares,
         nominal_timestamps=config.media.timestamps == "nominal",
+        memory_limit_bytes=config.compression.memory_limit_bytes,
         codec=token_codec(config, uses_gpu=uses_gpu),
         device=device,
     )
@@ -143,6 +145,7 @@ def make_settings(
             "fingerprint": answer_fingerprint,
             "answered": answers,
         },
+        videos_per_compression=config.compression.batch_videos,
         videos_per_cache_file=config.cache.videos_per_file,
         videos_per_batch=config.answer.batch_videos,
         videos_per_answer_file=config.answer.videos_per_file,

@@ -1,6 +1,9 @@
 """Compress: vision tower, audio tower and the method of compression in one actor."""
 
-import time
+import logging
+import threading
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,11 @@ from omnisift.compress import DropShares
 from omnisift.compressor import Clip, KeptTokens, TooLongError, VideoCompressor
 from pipeline import rows
 
+log = logging.getLogger(__name__)
+
+# Arrow's buffers are read-only; the towers never write to their input.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
 
 @dataclass(frozen=True)
 class CompressSettings:
@@ -29,6 +37,7 @@ class CompressSettings:
     method: str
     shares: DropShares
     nominal_timestamps: bool
+    memory_limit_bytes: int
     codec: Codec
     device: str  # "cuda" or "cpu"
 
@@ -37,7 +46,11 @@ class Compress:
     """Keep the tokens that carry information.
 
     Reads: video_key, frames, audio, fps. Writes: tokens, positions, modality, kept_index and the
-    counts. Full embeddings (7 KB a token) never leave the actor.
+    counts; compress_s, the row's share of the seconds that the device spent. Full embeddings
+    (7 KB a token) never leave the actor.
+
+    Two threads may call at the same time: while the GPU computes the batch of one, the other
+    brings frames to it or takes kept tokens from it.
     """
 
     def __init__(self, settings: CompressSettings) -> None:
@@ -54,50 +67,84 @@ class Compress:
             settings.shares,
             method=settings.method,
             nominal_timestamps=settings.nominal_timestamps,
+            memory_limit_bytes=settings.memory_limit_bytes,
         )
+        self._queueing = threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Turn a block of rows.DECODED into one of rows.KEPT."""
-        return rows.build([self._compress(row) for row in rows.iterate(block)], rows.KEPT)
+        videos = list(rows.iterate(block))
+        batch = [
+            (video, clip)
+            for video in videos
+            if video["error_type"] is None and (clip := self._accept(video)) is not None
+        ]
+        for places in self.compressor.budget.split([clip.size for _, clip in batch]):
+            self._compress([batch[place] for place in places])
+        return rows.build(videos, rows.KEPT)
 
-    def _compress(self, row: dict[str, Any]) -> dict[str, Any]:
-        if row["error_type"] is not None:
-            return row
-        start = time.perf_counter()
+    def _accept(self, video: dict[str, Any]) -> Clip | None:
+        """Return the clip of a row; one that cannot be compressed fails here."""
+        clip = _clip(video)
         try:
-            [kept] = self.compressor([_clip(row)], video_keys=[row["video_key"]])
+            self.compressor.block_of(clip)
         except TooLongError as error:
-            return rows.failed(
-                row,
-                "compress",
-                "too_long",
-                f"{row['uri']}: {error}; cut the video, or set media.timestamps=nominal to stamp "
-                "the sampled grids a second apart as the reference does",
+            message = (
+                f"{video['uri']}: {error}; cut the video, or set media.timestamps=nominal to "
+                "stamp the sampled grids a second apart as the reference does"
             )
+            video.update(rows.failed(video, "compress", "too_long", message))
+            return None
+        budget = self.compressor.budget
+        needed = budget.needed([clip.size])
+        if needed > budget.limit_bytes:
+            self._fail_of_memory(
+                video,
+                f"take {needed / 2**30:.2f} GiB beyond the weights, compression."
+                f"memory_limit_bytes allows {budget.limit_bytes / 2**30:.2f}; raise it,",
+            )
+            return None
+        return clip
+
+    def _compress(self, batch: Sequence[tuple[dict[str, Any], Clip]]) -> None:
+        """Fill in the rows; a batch that does not fit the GPU is halved until it does."""
+        keys = [video["video_key"] for video, _ in batch]
+        kept = None
+        try:
+            with self._queueing:
+                pending = self.compressor.start([clip for _, clip in batch], video_keys=keys)
+            kept = pending.result()
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            shape = "x".join(map(str, row["frames_shape"]))
-            return rows.failed(
-                row,
-                "compress",
-                "out_of_memory",
-                f"{row['uri']}: frames {shape} do not fit the GPU; lower media.max_pixels or "
-                "media.max_frames, or give the actor more of the GPU (pools.compress_gpus)",
-            )
-        return {
-            **row,
-            **_columns(kept, self.codec),
-            "compress_s": time.perf_counter() - start,
-        }
+            # Behind this block: as long as the error is handled, it holds what the towers had.
+            log.warning("%d videos together do not fit the GPU's memory", len(batch))
+        if kept is not None:
+            spent_s = pending.busy_s() / len(batch)
+            for (video, _), tokens in zip(batch, kept, strict=True):
+                video.update(_columns(tokens, self.codec), compress_s=spent_s)
+            return
+        torch.cuda.empty_cache()
+        if len(batch) == 1:
+            give = "give the actor more of the GPU (pools.compress_gpus),"
+            self._fail_of_memory(batch[0][0], f"do not fit the GPU; {give}")
+            return
+        half = len(batch) // 2
+        self._compress(batch[:half])
+        self._compress(batch[half:])
+
+    def _fail_of_memory(self, video: dict[str, Any], why: str) -> None:
+        shape = "x".join(map(str, video["frames_shape"]))
+        message = (
+            f"{video['uri']}: frames {shape} {why} or lower media.max_pixels or media.max_frames"
+        )
+        video.update(rows.failed(video, "compress", "out_of_memory", message))
 
 
 def _clip(row: dict[str, Any]) -> Clip:
-    # Arrow's buffers are read-only; the towers never write to their input.
-    frames = torch.from_numpy(np.frombuffer(row["frames"], np.uint8).copy())
-    audio = np.frombuffer(row["audio"], np.float32).copy() if row["has_audio"] else np.empty(0)
+    """Return views of the row's bytes: 150 MB of frames are not copied to be read once."""
+    audio = np.frombuffer(row["audio"], np.float32) if row["has_audio"] else np.empty(0, np.float32)
     return Clip(
-        frames=frames.view(row["frames_shape"]),
-        audio=torch.from_numpy(audio).float(),
+        frames=torch.from_numpy(np.frombuffer(row["frames"], np.uint8)).view(row["frames_shape"]),
+        audio=torch.from_numpy(audio),
         fps=row["fps"],
     )
 
@@ -107,7 +154,7 @@ def _columns(kept: KeptTokens, codec: Codec) -> dict[str, Any]:
         "tokens": encode(kept.embeds, codec),
         "token_dtype": codec,
         "token_shape": list(kept.embeds.shape),
-        "positions": kept.positions.tolist(),
+        "positions": list(kept.positions),
         "modality": kept.modality,
         "next_position": kept.next_position,
         "kept_index": kept.kept_index,

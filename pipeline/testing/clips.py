@@ -101,6 +101,31 @@ def encode(
             pass
 
 
+def repeat(short: Path, path: Path, duration_s: float) -> Path:
+    """Write a long clip: the packets of a short one again and again, its sound too."""
+    with av.open(str(short)) as source, av.open(str(path), "w") as output:
+        streams = [*source.streams.video, *source.streams.audio]
+        # Any: the stubs cannot know which kind of stream it is
+        packets: list[Any] = [packet for packet in source.demux(streams) if packet.dts is not None]
+        copies = {s.index: output.add_stream_from_template(s) for s in streams}
+        pictures = [packet for packet in packets if packet.stream.index == streams[0].index]
+        span_s = sum(picture.duration for picture in pictures) * pictures[0].time_base
+        ends: dict[int, int] = {}
+        for turn in range(round(duration_s / span_s)):
+            for packet in packets:
+                shift = round(turn * span_s / packet.time_base)
+                again = av.Packet(bytes(packet))
+                again.pts, again.dts = packet.pts + shift, packet.dts + shift
+                outlasts = packet.dts * packet.time_base >= span_s
+                if outlasts or again.dts < ends.get(packet.stream.index, again.dts):
+                    continue  # sound is cut where the pictures end
+                ends[packet.stream.index] = again.dts + packet.duration
+                again.duration, again.time_base = packet.duration, packet.time_base
+                again.is_keyframe, again.stream = packet.is_keyframe, copies[packet.stream.index]
+                output.mux(again)
+    return path
+
+
 def _pictures(count: int) -> Iterator[VideoFrame]:
     """Yield pictures of the clip, from its start again when it ends."""
     left = count

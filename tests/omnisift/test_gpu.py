@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +13,8 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
-from omnisift.compress import compress
+from omnisift.compress import compress, drop_shares
+from omnisift.compressor import Clip, VideoCompressor
 from omnisift.float32_product import linear_float32
 from omnisift.layout import ModelLayout, place_block
 from omnisift.media import FACTOR, SAMPLE_RATE
@@ -174,6 +176,33 @@ def test_compression_never_waits_for_the_gpu() -> None:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_batch_is_queued_without_waiting_for_the_gpu() -> None:
+    backbone = Backbone(_model(torch.bfloat16))
+    selector = AudioSelector(backbone.width, 32).requires_grad_(False)
+    compressor = VideoCompressor(backbone, selector, drop_shares(0.25))
+    clips = [
+        Clip(_frames(*shape), torch.randn(num), 2.0)
+        for shape, num in zip(CLIPS, SAMPLES, strict=True)
+    ]
+    alone = [compressor([clip])[0] for clip in clips]
+    compressor(clips)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # While the last is copied back, the next one's frames are on their way.
+        pending = [compressor.start(clips) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for batch in pending:
+        for kept, expected in zip(batch.result(), alone, strict=True):
+            # Other batches round otherwise: a near tie may fall the other way.
+            common, here, there = np.intersect1d(
+                kept.kept_index, expected.kept_index, return_indices=True
+            )
+            assert len(common) >= 0.99 * len(expected.kept_index)
+            assert _error([kept.embeds[here]], [expected.embeds[there]]) < 0.02
+        assert batch.busy_s() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -56,7 +56,7 @@ def test_slices_of_any_size_give_the_same_tokens(max_patches: int) -> None:
     expected = Backbone(model, towers="stock").encode_video(clips)
     inner = model if hasattr(model, "visual") else model.model
     with torch.inference_mode():
-        actual = VisionTower(inner.visual, max_patches=max_patches)(clips)
+        actual = VisionTower(inner.visual)(clips, max_patches=max_patches)
     for sliced, whole in zip(actual, expected, strict=True):
         torch.testing.assert_close(sliced, whole, rtol=1e-4, atol=1e-4)
 

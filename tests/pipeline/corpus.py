@@ -87,6 +87,7 @@ class Corpus:
             counts=work.counts,
             actors={},
             wall_s=1.0,
+            held_s=1.0,
             warnings=[gone.warning] if gone.warning else [],
             gone=gone,
         )

@@ -43,6 +43,8 @@ def load(**settings: Any) -> CaptionConfig:
         ),
         ("compression.retain", "0", "in (0, 1], got 0.0"),
         ("compression.retain", "1.5", "in (0, 1], got 1.5"),
+        ("compression.batch_videos", "0", "at least 1, got 0"),
+        ("compression.memory_limit_bytes", "5", "at least 536870912 (half a GiB), got 5"),
         ("compression.video_drop", "-0.1", "in [0, 1] or null, got -0.1"),
         ("compression.audio_drop", "1.1", "in [0, 1] or null, got 1.1"),
         ("cache.codec", "float16", "auto, float32, bfloat16, int8, got 'float16'"),

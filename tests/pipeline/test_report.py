@@ -70,6 +70,7 @@ def _report(
         counts=counts,
         actors=ACTORS,
         wall_s=8.0,
+        held_s=5.0,
         warnings=["selector untrained"],
     )
 
@@ -88,6 +89,8 @@ def test_the_report_is_a_recount_of_the_files(tmp_path: Path) -> None:
     assert report.video_s == 12.0
     decode, compress, cache, answer = report.stages
     assert (decode.videos, decode.video_s, decode.busy_s) == (2, 8.0, 4.0)
+    # 2 of the 5 s that each of the 2 decoding actors was held, 0.75 of the 4 that answer
+    assert [stage.busy_share for stage in report.stages] == [0.4, 0.4, 0.3, 0.15]
     assert (decode.busy_s_per_actor, decode.videos_per_s, decode.video_s_per_s) == (2.0, 1.0, 4.0)
     assert (compress.videos, compress.busy_s, compress.videos_per_s) == (2, 2.0, 1.0)
     assert (cache.videos, cache.busy_s) == (3, 1.5)

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import rows
@@ -32,6 +32,7 @@ identity = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(identity, max_size=4))
 def test_rows_come_back_as_they_were(videos: list[dict[str, Any]]) -> None:
     block = rows.build(videos, rows.IDENTITY)
@@ -53,6 +54,24 @@ def test_large_binaries_are_views_of_the_block() -> None:
         assert view.ctypes.data == data.address + len(b"before")
         assert found[1] is None
         assert bytes(found[2]) == b""
+
+
+def test_megabytes_are_borrowed_and_come_back_in_order() -> None:
+    megabytes = [np.full(rows._LARGE_BYTES + size, size, np.uint8) for size in (0, 1, 5)]
+    small = np.arange(24, dtype=np.uint8)
+    given = [megabytes[0].data, None, small.data, megabytes[1].data, b"", megabytes[2].data]
+    videos = [{"uri": str(n), "frames": value} for n, value in enumerate(given)]
+    block = rows.build(videos, rows.DECODED)
+    assert block.schema == rows.DECODED
+    block.validate(full=True)
+    found = [(row["uri"], row["frames"]) for row in rows.iterate(block)]
+    assert [uri for uri, _ in found] == [video["uri"] for video in videos]
+    for value, (_, back) in zip(given, found, strict=True):
+        assert (value is None) == (back is None)
+        assert bytes(value or b"") == bytes(back or b"")
+    for array, place in zip(megabytes, (0, 3, 5), strict=True):
+        view = np.frombuffer(found[place][1], np.uint8)
+        assert view.ctypes.data == array.ctypes.data
 
 
 def test_what_is_iterated_can_be_built_again() -> None:
