@@ -208,9 +208,7 @@ class Answerer:
                 for row_LD, (_, _, ids) in zip(hidden, options, strict=True)
             ]
         )
-        return [
-            self._chosen(prompt, [next(scores) for _ in prompt.choices]) for prompt in prompts
-        ]
+        return [self._chosen(prompt, [next(scores) for _ in prompt.choices]) for prompt in prompts]
 
     def _chosen(self, prompt: Prompt, scores: list[float]) -> Answer:
         choice = prompt.choices[scores.index(max(scores))]
@@ -297,8 +295,10 @@ class _Chooser:
     def __call__(self, logits_BV: Tensor) -> Tensor:
         if self._sampling.temperature == 0:
             return logits_BV.argmax(dim=-1)
-        probs, token = (logits_BV.float() / self._sampling.temperature).softmax(-1).sort(
-            dim=-1, descending=True
+        probs, token = (
+            (logits_BV.float() / self._sampling.temperature)
+            .softmax(-1)
+            .sort(dim=-1, descending=True)
         )
         # What the likelier ones have left of top_p decides, so that the likeliest always stays.
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= self._sampling.top_p, 0.0)

@@ -65,7 +65,9 @@ def _kept(work: WorkList, run: Settings, pools: Pools) -> Dataset:
 
 def _answered(kept: Dataset, run: Settings, pools: Pools) -> Dataset:
     return kept.map_batches(
-        Answer, fn_constructor_kwargs=run.answer, **pools.answer.of(run.videos_per_batch)
+        Answer,
+        fn_constructor_kwargs=run.answer,
+        **pools.answer.of(run.videos_per_batch, calls=run.answer_calls),
     )
 
 

@@ -21,10 +21,18 @@ class Pool:
     cpus: float
     gpus: float = 0.0
 
-    def of(self, batch_size: int) -> dict[str, Any]:
-        """Return what `Dataset.map_batches` is told: this pool, `batch_size` rows a call."""
+    def of(self, batch_size: int, *, calls: int = 1) -> dict[str, Any]:
+        """Return what `Dataset.map_batches` is told: this pool, `batch_size` rows a call.
+
+        An actor works on that many `calls` at a time, in threads of its own.
+        """
+        overlap: dict[str, Any] = {
+            "max_concurrent_calls_per_actor": calls,
+            "enable_true_multi_threading": True,
+            "max_tasks_in_flight_per_actor": calls + 2,  # the next ones travel ahead
+        }
         return {
-            "compute": ActorPoolStrategy(size=self.actors),
+            "compute": ActorPoolStrategy(size=self.actors, **(overlap if calls > 1 else {})),
             "num_cpus": self.cpus,
             "num_gpus": self.gpus or None,
             "batch_size": batch_size,

@@ -1,9 +1,11 @@
 """Which failures are tried again by the next run: the one place that says so."""
 
 # The same bytes and settings fail the same way: not tried until the object or a setting changes.
-FINAL = frozenset({"decode_error", "no_video_stream", "not_a_video", "too_long", "truncated"})
+FINAL = frozenset(
+    {"bad_tokens", "decode_error", "no_video_stream", "not_a_video", "too_long", "truncated"}
+)
 # The video may be poison, or the machine was short of something: tried `retry.max_attempts` times.
-COSTLY = frozenset({"decode_crash", "decode_timeout", "out_of_memory"})
+COSTLY = frozenset({"decode_crash", "decode_timeout", "engine_died", "out_of_memory"})
 # Everything else (storage, credentials, limits of the configuration) is tried by every run.
 
 

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-PROMPT = pa.struct([("prompt_id", pa.string()), ("prompt", pa.string())])
+# `choices`: the answer is the likeliest of these; null: it is free text.
+PROMPT = pa.struct(
+    [("prompt_id", pa.string()), ("prompt", pa.string()), ("choices", pa.list_(pa.string()))]
+)
 
 # source: which video, which questions. A row with an `error_type` has failed and is passed on
 # untouched by every later stage, so that rows out = rows in.
@@ -108,6 +111,7 @@ ANSWERS = pa.schema(
         ("uri", pa.string()),
         ("prompt_id", pa.string()),
         ("prompt", pa.string()),
+        ("choices", pa.list_(pa.string())),
         ("text", pa.string()),
         ("status", pa.string()),  # "ok" or "failed"
         ("error_stage", pa.string()),
@@ -170,6 +174,18 @@ def build(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
         [pa.array([row.get(field.name) for row in rows], type=field.type) for field in schema],
         schema=schema,
     )
+
+
+def with_choices(answers: pa.Table) -> pa.Table:
+    """Return a table of rows.ANSWERS, also one written before there were `choices`: they are null.
+
+    The column stands where the schema has it, as far as the table goes.
+    """
+    if "choices" in answers.column_names:
+        return answers
+    place = answers.column_names.index("prompt") + 1
+    field = ANSWERS.field("choices")
+    return answers.add_column(place, field, pa.nulls(answers.num_rows, field.type))
 
 
 def failed(row: Mapping[str, Any], stage: str, error_type: str, message: str) -> dict[str, Any]:

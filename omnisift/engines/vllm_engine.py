@@ -5,8 +5,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class VllmOptions:
     kv_cache_dtype: str = "auto"  # vLLM's name, such as fp8
     load_format: str = "auto"  # "dummy": random weights, for benchmarks
     eager: bool = False  # without captured graphs: starts sooner, decodes slower
+    more: Mapping[str, Any] = field(default_factory=dict)  # of vLLM's AsyncEngineArgs
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class VllmEngine:
             # The checkpoint's own defaults (repetition penalty, top-k) would be added unasked.
             "generation_config": "vllm",
             "disable_log_stats": True,
+            **options.more,
         }
         vllm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._starts += 1
@@ -134,10 +136,15 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vLLM's processes."""
-        self._vllm.shutdown()
+        self._wait(self._shut_down())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _shut_down(self) -> None:
+        # Released here, since its destructor fails in an interpreter that is ending.
+        vllm, self._vllm = self._vllm, None
+        vllm.shutdown()
 
     def __call__(self, videos: Sequence[AskedVideo]) -> list[list[Answer | Refusal]]:
         """Return an answer or a refusal for each question of each video."""
@@ -148,26 +155,31 @@ class VllmEngine:
         return await asyncio.gather(*(self._answer_video(video) for video in videos))
 
     async def _answer_video(self, video: AskedVideo) -> list[Answer | Refusal]:
-        kept = video.kept
         try:
-            check_kept(kept, self._width)
+            check_kept(video.kept, self._width)
         except BadTokensError as error:
             return [Refusal("bad_tokens", str(error))] * len(video.questions)
+        return await asyncio.gather(*(self._answer(job) for job in self._jobs(video)))
+
+    def _jobs(self, video: AskedVideo) -> list[_Job]:
+        kept = video.kept
         item = {
             "kept_embeds": kept.embeds.to("cpu", self._dtype),
             "kept_positions": torch.from_numpy(kept.positions),
             "kept_next_position": torch.tensor(kept.next_position),
         }
-        return await asyncio.gather(
-            *(self._answer(item, video, question) for question in video.questions)
-        )
+        return [
+            _Job(
+                item,
+                video.key,
+                self._text.before_video,
+                self._text.after_video(question.text),
+                question,
+            )
+            for question in video.questions
+        ]
 
-    async def _answer(
-        self, item: dict[str, Any], video: AskedVideo, question: Question
-    ) -> Answer | Refusal:
-        job = _Job(
-            item, video.key, self._text.before_video, self._text.after_video(question.text), question
-        )
+    async def _answer(self, job: _Job) -> Answer | Refusal:
         try:
             self._check_room(job)
         except TooLongError as error:
@@ -177,9 +189,9 @@ class VllmEngine:
         for _ in range(_TRIES):
             start = self._starts
             try:
-                return await (self._choose(job) if question.choices else self._generate(job))
+                return await (self._choose(job) if job.question.choices else self._generate(job))
             except EngineDeadError as error:
-                log.warning("vLLM died while it answered about %s: %s", video.key, error)
+                log.warning("vLLM died while it answered about %s: %s", job.key, error)
                 await self._restart(start)
         return Refusal("engine_died", f"vLLM died {_TRIES} times while it answered this")
 
@@ -187,7 +199,7 @@ class VllmEngine:
         """Start vLLM again, unless somebody has since it was the `start`-th."""
         async with self._restarting:
             if self._starts == start:
-                self._vllm.shutdown()
+                await self._shut_down()
                 self._vllm = await self._start()
 
     def _check_room(self, job: _Job) -> None:
@@ -210,6 +222,31 @@ class VllmEngine:
     def _num_tokens(self, job: _Job) -> int:
         return len(job.before) + len(job.item["kept_embeds"]) + len(job.after)
 
+    def prompt_ids(self, question: str) -> list[int]:
+        """Return the ids of a prompt, its kept tokens left out."""
+        return self._text.before_video + self._text.after_video(question)
+
+    def outputs(self, videos: Sequence[AskedVideo], params: Any) -> list[Any]:
+        """Return vLLM's own outputs for all questions, with SamplingParams of one's own."""
+        jobs = [job for video in videos for job in self._jobs(video)]
+        return self._gather([self._send(job, params) for job in jobs])
+
+    def text_outputs(self, prompts: Sequence[list[int]], params: Any) -> list[Any]:
+        """Return vLLM's own outputs for prompts of ids without a video."""
+        return self._gather([self._run({"prompt_token_ids": ids}, params) for ids in prompts])
+
+    def call(self, method: str) -> list[Any]:
+        """Call a method of vLLM's workers; return what each of them returns."""
+        found: list[Any] = self._wait(self._vllm.collective_rpc(method))
+        return found
+
+    def _gather(self, work: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+        async def together() -> list[Any]:
+            return await asyncio.gather(*work)
+
+        found: list[Any] = self._wait(together())
+        return found
+
     async def _send(self, job: _Job, params: Any, answer: Ids = ()) -> Any:
         """Return vLLM's output for a question, behind the first ids of an answer to it."""
         prompt = {
@@ -217,11 +254,12 @@ class VllmEngine:
             "multi_modal_data": {MODALITY: [job.item]},
             "multi_modal_uuids": {MODALITY: [job.key]},
         }
-        output = None
-        async for output in self._vllm.generate(prompt, params, str(next(self._numbers))):
-            pass
-        assert output is not None, "vLLM ends with an output"
-        return output.outputs[0]
+        return await self._run(prompt, params)
+
+    async def _run(self, prompt: dict[str, Any], params: Any) -> Any:
+        number = str(next(self._numbers))
+        outputs = [output async for output in self._vllm.generate(prompt, params, number)]
+        return outputs[-1]
 
     async def _generate(self, job: _Job) -> Answer:
         from vllm import SamplingParams
@@ -238,13 +276,11 @@ class VllmEngine:
             ignore_eos=True,  # the ends above are the template's; a checkpoint may name others
             detokenize=bool(sampling.stop),
             structured_outputs=(
-                StructuredOutputsParams(json=sampling.json_schema)
-                if sampling.json_schema
-                else None
+                StructuredOutputsParams(json=sampling.json_schema) if sampling.json_schema else None
             ),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._send(job, params)
+        [output] = (await self._send(job, params)).outputs
         text, length, ended = self._text.finish(list(output.token_ids), sampling.stop)
         return Answer(text, self._num_tokens(job), length, "stop" if ended else "length")
 
@@ -262,7 +298,7 @@ class VllmEngine:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            output = await self._send(job, params, beginning)
+            [output] = (await self._send(job, params, beginning)).outputs
             [found] = output.logprobs
             return beginning, {token: found[token].logprob for token in tokens}
 

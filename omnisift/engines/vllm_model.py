@@ -33,6 +33,7 @@ from vllm.multimodal.processing import (
     BaseProcessingInfo,
     PromptReplacement,
 )
+from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from omnisift.engines.vllm_plugin import MODALITY
 from omnisift.engines.vllm_weights import language_model_name
@@ -54,7 +55,8 @@ class KeptItems(ModalityDataItems[list[dict[str, Tensor]], dict[str, Tensor]]):
 
     def get(self, index: int) -> dict[str, Tensor]:
         """Return one of them."""
-        return self.data[index]
+        item: dict[str, Tensor] = self.data[index]
+        return item
 
     def get_processor_data(self) -> Mapping[str, object]:
         """Return nothing: there is no processor of transformers to call."""
@@ -96,8 +98,17 @@ class KeptDummyInputs(BaseDummyInputsBuilder[KeptInfo]):
     """What vLLM measures its memory with: the longest video."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:  # noqa: ARG002
-        """Return no text; the prompt is written as ids below."""
+        """Return no text: the prompt is ids."""
         return ""
+
+    def get_dummy_processor_inputs(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
+    ) -> ProcessorInputs:
+        """Return a prompt of ids with its videos."""
+        items = self.get_dummy_mm_data(seq_len, mm_counts, mm_options)[MODALITY]
+        placeholder = _thinker(self.info.get_hf_config()).video_token_id
+        data = self.info.parse_mm_data({MODALITY: items}, validate=False)
+        return ProcessorInputs(prompt=[placeholder] * len(items), mm_data_items=data)
 
     def get_dummy_mm_data(
         self,
@@ -108,15 +119,19 @@ class KeptDummyInputs(BaseDummyInputsBuilder[KeptInfo]):
         """Return videos that fill a whole prompt."""
         config = _thinker(self.info.get_hf_config()).text_config
         positions = torch.arange(seq_len).expand(3, -1)
-        embeds = torch.zeros(
-            seq_len, config.hidden_size, dtype=self.info.ctx.model_config.dtype
-        )
+        embeds = torch.zeros(seq_len, config.hidden_size, dtype=self.info.ctx.model_config.dtype)
         item = dict(zip(_FIELDS, (embeds, positions, torch.tensor(seq_len)), strict=True))
         return {MODALITY: [item] * mm_counts.get(MODALITY, 0)}
 
 
 class KeptProcessor(BaseMultiModalProcessor[KeptInfo]):
     """Expand the placeholder of a prompt to as many tokens as the video has."""
+
+    def get_dummy_inputs(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
+    ) -> ProcessorInputs:
+        """Return what vLLM measures its memory with; up to 0.26 it asks the builder itself."""
+        return self.dummy_inputs.get_dummy_processor_inputs(seq_len, mm_counts, mm_options)
 
     def _apply_hf_processor_main(self, *_: Any, **given: Any) -> Any:
         # vLLM <= 0.26 passes the prompt along and wants it back, and to hear whether the
@@ -126,8 +141,7 @@ class KeptProcessor(BaseMultiModalProcessor[KeptInfo]):
         features = BatchFeature(data)
         if "prompt" not in given:
             return features
-        prompt = given["prompt"]
-        return (prompt if isinstance(prompt, list) else []), features, False
+        return given["prompt"], features, False
 
     def _get_mm_fields_config(
         self,
@@ -154,12 +168,12 @@ class KeptProcessor(BaseMultiModalProcessor[KeptInfo]):
         return [PromptReplacement(modality=MODALITY, target=[placeholder], replacement=expanded)]
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    KeptProcessor, info=KeptInfo, dummy_inputs=KeptDummyInputs
-)
+@MULTIMODAL_REGISTRY.register_processor(KeptProcessor, info=KeptInfo, dummy_inputs=KeptDummyInputs)
 class OmniSiftThinker(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
     """vLLM's Qwen2 behind kept tokens. The towers of the checkpoint are left out."""
 
+    language_model: Any
+    make_empty_intermediate_tensors: Any
     packed_modules_mapping = {  # noqa: RUF012 (vLLM's name; quantised weights are found by it)
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -171,7 +185,8 @@ class OmniSiftThinker(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
         # transformers ties by the outer configuration; the inner one's default says the opposite.
         text_config = self.config.text_config
         text_config.tie_word_embeddings = self.config.tie_word_embeddings
-        with self._mark_language_model(vllm_config):
+        mark: Any = self._mark_language_model  # a method, which mypy takes for a submodule
+        with mark(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 prefix=maybe_prefix(prefix, "language_model"),

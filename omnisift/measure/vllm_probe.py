@@ -1,4 +1,4 @@
-"""See from outside what vLLM hands to the model: an extension of its worker, for the parity check."""
+"""See from outside what vLLM hands to the model: an extension of its worker."""
 
 from typing import Any
 

@@ -133,7 +133,7 @@ def test_a_prefix_is_listed_by_extension_whatever_its_case(corpus: Corpus) -> No
         "uri": str(corpus.videos / "b.MP4"),
         "size_bytes": 5,
         "etag": "",
-        "prompts": [{"prompt_id": keys.prompt_id(DEFAULT), "prompt": DEFAULT}],
+        "prompts": [{"prompt_id": keys.prompt_id(DEFAULT), "prompt": DEFAULT, "choices": None}],
         "attempts": 1,
         "error_stage": None,
         "error_type": None,
