@@ -29,7 +29,7 @@ from omnisift.codec import Codec, encode
 from omnisift.compressor import KeptTokens
 from omnisift.engines.interface import AskedVideo, Question
 from omnisift.engines.vllm_engine import VllmEngine, VllmOptions
-from omnisift.measure.answer_parity import measure_parity
+from omnisift.measure.answer_parity import PROBE, measure_parity
 from omnisift.measure.random_checkpoint import random_kept, write_config, write_random_llm
 from omnisift.measure.random_model import published_config
 from omnisift.mini.tiny import tiny_config
@@ -59,6 +59,7 @@ class Sizes:
     batches: dict[int, int]  # videos asked at once, and how often
     questions: int  # of each of the first batch's videos
     context_tokens: int
+    eager: bool = False
 
 
 def measure_parities(model: str, device: str, *, quick: bool) -> bool:
@@ -106,7 +107,8 @@ def measure_speed(sizes: Sizes, device: str) -> None:
         options = VllmOptions(
             context_tokens=sizes.context_tokens,
             load_format="dummy",
-            more={"max_num_seqs": 256},
+            eager=sizes.eager,
+            more={"max_num_seqs": 256, **PROBE},
         )
         start = time.perf_counter()
         vllm = VllmEngine(
@@ -140,7 +142,7 @@ def _measure_speed(vllm: VllmEngine, sizes: Sizes, scratch: Path) -> None:
     kept = [
         _kept(width, sizes.kept_tokens, seed) for seed in range(4)
     ]  # in memory; videos share them, vLLM does not know
-    length = len(vllm.prompt_ids(QUESTION.text)) + sizes.kept_tokens
+    length = sum(map(len, vllm.prompt_ids(QUESTION.text))) + sizes.kept_tokens
     rng = np.random.default_rng(0)
 
     def videos(number: int, questions: int = 1) -> list[AskedVideo]:
@@ -153,6 +155,7 @@ def _measure_speed(vllm: VllmEngine, sizes: Sizes, scratch: Path) -> None:
         return [rng.integers(0, vocabulary, length).tolist() for _ in range(number)]
 
     ask, ask_text = partial(_outputs, vllm, params), partial(_text_outputs, vllm, params)
+    print(f"positions exact: {_count_exact(vllm, kept, params)} of {len(kept)} videos\n")
     print("| what | seconds a video | prompts of ids | factor | |\n|---|---|---|---|---|")
     vllm.outputs(videos(2), params)
     vllm.text_outputs(ids(2), params)
@@ -179,6 +182,19 @@ def _measure_speed(vllm: VllmEngine, sizes: Sizes, scratch: Path) -> None:
         f"{statistics.median(each):.4f} s a question ({min(each):.4f}-{max(each):.4f}) | | | |"
     )
     print(f"\n{_gpu_memory()}", flush=True)
+
+
+def _count_exact(vllm: VllmEngine, kept: Sequence[KeptTokens], params: Any) -> int:
+    """Return for how many videos the model was given the tokens' own positions."""
+    vllm.call("watch_positions")
+    at = len(vllm.prompt_ids(QUESTION.text)[0])
+    exact = 0
+    for number, tokens in enumerate(kept):
+        vllm.outputs([AskedVideo(f"positions {number}", tokens, [QUESTION])], params)
+        steps = [np.array(step) for step in vllm.call("take_positions")[0]]
+        seen = np.concatenate(steps, axis=1)[:, at : at + len(tokens.embeds)]
+        exact += np.array_equal(seen, tokens.positions + at)
+    return exact
 
 
 def _outputs(vllm: VllmEngine, params: Any, videos: list[AskedVideo]) -> None:

@@ -222,9 +222,9 @@ class VllmEngine:
     def _num_tokens(self, job: _Job) -> int:
         return len(job.before) + len(job.item["kept_embeds"]) + len(job.after)
 
-    def prompt_ids(self, question: str) -> list[int]:
-        """Return the ids of a prompt, its kept tokens left out."""
-        return self._text.before_video + self._text.after_video(question)
+    def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt in front of the kept tokens and behind them."""
+        return self._text.before_video, self._text.after_video(question)
 
     def outputs(self, videos: Sequence[AskedVideo], params: Any) -> list[Any]:
         """Return vLLM's own outputs for all questions, with SamplingParams of one's own."""

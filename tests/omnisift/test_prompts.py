@@ -57,10 +57,10 @@ def test_positions_are_text_block_text(
         num_after=after,
     )
     expected = [[i] * 3 for i in range(before)]
-    for token in kept:  # where the whole block would have put it
-        expected.append([before + int(block.positions[axis, token]) for axis in range(3)])
-    for i in range(after):
-        expected.append([before + block.next_position + i] * 3)
+    expected += [  # where the whole block would have put them
+        [before + int(block.positions[axis, token]) for axis in range(3)] for token in kept
+    ]
+    expected += [[before + block.next_position + i] * 3 for i in range(after)]
     assert placed.T.tolist() == expected
 
 
@@ -118,7 +118,7 @@ def test_tokens_that_do_not_fit_are_refused_with_the_numbers() -> None:
 def test_a_prompt_may_end_where_the_model_does() -> None:
     given_room = {"next_position": 90, "num_after": 4, "max_positions": 100}
     check_room(**given_room, max_new_tokens=6)
-    with pytest.raises(TooLongError, match="7 answer tokens end at position 101, .* made for 100"):
+    with pytest.raises(TooLongError, match=r"7 answer tokens end at position 101, .* made for 100"):
         check_room(**given_room, max_new_tokens=7)
 
 

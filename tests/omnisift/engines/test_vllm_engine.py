@@ -97,8 +97,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmEngine]:
     """Start an engine on stand-ins; a new one takes over the deaths that are left."""
-    params = {"SamplingParams": SimpleNamespace, "__version__": "stand-in"}
-    modules = {
+    params: dict[str, Any] = {"SamplingParams": SimpleNamespace, "__version__": "stand-in"}
+    modules: dict[str, dict[str, Any]] = {
         "vllm": params,
         "vllm.sampling_params": {
             "RequestOutputKind": SimpleNamespace(FINAL_ONLY=2),
@@ -149,7 +149,7 @@ def test_answers_are_the_reference_engines(folder: Path, engine: VllmEngine) -> 
 def test_what_does_not_fit_is_refused_with_the_numbers(engine: VllmEngine) -> None:
     [video, _] = _videos()
     kept = video.kept
-    length = len(engine.prompt_ids("?")) + len(kept.embeds)
+    length = sum(map(len, engine.prompt_ids("?"))) + len(kept.embeds)
     engine._context_tokens = length + COMMON["max_new_tokens"]
     for changed, kind, message in (
         ({"embeds": kept.embeds[:, :8]}, "bad_tokens", "the model reads [n, 64]"),
