@@ -135,7 +135,9 @@ class VllmEngine:
         return vllm
 
     def close(self) -> None:
-        """End vLLM's processes."""
+        """End vLLM's processes, once."""
+        if self._loop.is_closed():
+            return
         self._wait(self._shut_down())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

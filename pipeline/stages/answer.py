@@ -74,6 +74,11 @@ class Answer:
             self._decode_on = settings.device
             self.engine = TransformersEngine(folder, **common)
 
+    def __del__(self) -> None:
+        """End the engine's processes: Ray deletes the stage before it ends the actor."""
+        if hasattr(self, "engine"):  # else it did not start
+            self.engine.close()
+
     def __call__(self, block: pa.Table) -> pa.Table:
         """Turn a block of rows.KEPT into one of rows.ANSWERED; its prompts are one batch."""
         videos = list(rows.iterate(block))
