@@ -51,7 +51,7 @@ def test_what_transformers_cannot_do_is_refused(only: dict[str, Any]) -> None:
 
 
 def test_gpus_that_share_a_model_are_the_actors() -> None:
-    places = {"source": "s", "output": "o"}
+    places: dict[str, Any] = {"source": "s", "output": "o"}
     shared = AnswerConfig(tensor_parallel_size=2)
     with pytest.raises(ValueError, match=r"pools\.answer_gpus must be 2"):
         CaptionConfig(**places, answer=shared)

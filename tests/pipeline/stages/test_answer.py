@@ -20,7 +20,7 @@ from pipeline import rows
 from pipeline.retry import COSTLY, FINAL
 from pipeline.stages.answer import _ADVICE, Answer, AnswerSettings, _SharedClock, kept_tokens
 
-PROMPTS = [
+PROMPTS: list[dict[str, Any]] = [
     {"prompt_id": "free", "prompt": "What is seen?", "choices": None},
     {"prompt_id": "pick", "prompt": "Which?", "choices": ["yes", "no", "a dog"]},
     {"prompt_id": "long", "prompt": "x" * 33_000, "choices": None},
@@ -76,7 +76,7 @@ def test_every_prompt_gets_the_engines_answer_or_its_own_error(stage: Answer) ->
     assert found[1]["answers"] == []
     engine = stage.engine
     assert isinstance(engine, TransformersEngine)
-    questions = [Question(str(p["prompt"]), tuple(p["choices"] or ())) for p in PROMPTS[:2]]
+    questions = [Question(p["prompt"], tuple(p["choices"] or ())) for p in PROMPTS[:2]]
     for row, given in ((good, found[0]), (other, found[2])):
         expected = engine([AskedVideo(row["video_key"], kept_tokens(row), questions)])[0]
         texts = [(answer["text"], answer["finish_reason"]) for answer in given["answers"][:2]]

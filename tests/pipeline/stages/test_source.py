@@ -232,19 +232,14 @@ def test_prompts_of_a_video_are_grouped_in_every_format(corpus: Corpus, suffix: 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_choices_are_read_from_every_format(corpus: Corpus, suffix: str) -> None:
     corpus.add("a.mp4")
-    given = {"bars": "yes | no", "json": '["a|b", "c"]', "none": "", "list": ["7", "8", "9"]}
-    if suffix == "csv":
-        given["list"] = '["7", "8", "9"]'
+    given: dict[str, Any] = {"bars": "yes | no", "json": '["a|b", "c"]', "none": ""}
+    given["list"] = '["7", "8", "9"]' if suffix == "csv" else ["7", "8", "9"]
+    if suffix == "parquet":  # one type a column
+        given |= {"bars": ["yes", "no"], "json": ["a|b", "c"], "none": None}
     lines = [
         {"uri": "a.mp4", "prompt": "What?", "prompt_id": name, "choices": choices}
         for name, choices in given.items()
     ]
-    if suffix == "parquet":  # one type a column
-        for line in lines:
-            text = line["choices"]
-            line["choices"] = {"bars": ["yes", "no"], "json": ["a|b", "c"], "none": None}.get(
-                str(line["prompt_id"]), text
-            )
     manifest = corpus.videos / f"m.{suffix}"
     if suffix == "parquet":
         pq.write_table(pa.Table.from_pylist(lines), manifest)
