@@ -1,6 +1,7 @@
 """The engine for GPUs: vLLM with continuous batching, kept tokens at their true positions."""
 
 import asyncio
+import gc
 import logging
 import os
 import threading
@@ -144,9 +145,13 @@ class VllmEngine:
         self._loop.close()
 
     async def _shut_down(self) -> None:
-        # Released here, since its destructor fails in an interpreter that is ending.
         vllm, self._vllm = self._vllm, None
         vllm.shutdown()
+        # Released here, since its destructor fails in an interpreter that is ending; its task for
+        # outputs, which knows it, has to end first.
+        await asyncio.sleep(0.1)
+        del vllm
+        gc.collect()
 
     def __call__(self, videos: Sequence[AskedVideo]) -> list[list[Answer | Refusal]]:
         """Return an answer or a refusal for each question of each video."""
