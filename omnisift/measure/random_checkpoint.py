@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+from omnisift.checkpoint import published_name
 from omnisift.compressor import KeptTokens
 from omnisift.layout import Modality, ModelLayout, place_block
-from omnisift.mini.tiny import published_name, tiny_config, write_tiny_model
+from omnisift.mini.tiny import tiny_config, write_tiny_model
 
 
 def write_random_llm(
