@@ -146,6 +146,8 @@ class VllmEngine:
 
     async def _shut_down(self) -> None:
         vllm, self._vllm = self._vllm, None
+        if vllm is None:  # it could not be started again
+            return
         vllm.shutdown()
         # Released here, since its destructor fails in an interpreter that is ending; its task for
         # outputs, which knows it, has to end first.
@@ -155,18 +157,17 @@ class VllmEngine:
 
     def __call__(self, videos: Sequence[AskedVideo]) -> list[list[Answer | Refusal]]:
         """Return an answer or a refusal for each question of each video."""
-        given: list[list[Answer | Refusal]] = self._wait(self._answer_all(videos))
-        return given
+        # Converted in the caller's thread: the loop's own has vLLM to feed.
+        asked = [self._asked(video) for video in videos]
+        flat = iter(self._gather([self._answer(job) for jobs in asked for job in jobs]))
+        return [[next(flat) for _ in jobs] for jobs in asked]
 
-    async def _answer_all(self, videos: Sequence[AskedVideo]) -> list[list[Answer | Refusal]]:
-        return await asyncio.gather(*(self._answer_video(video) for video in videos))
-
-    async def _answer_video(self, video: AskedVideo) -> list[Answer | Refusal]:
+    def _asked(self, video: AskedVideo) -> Sequence[_Job | Refusal]:
         try:
             check_kept(video.kept, self._width)
         except BadTokensError as error:
             return [Refusal("bad_tokens", str(error))] * len(video.questions)
-        return await asyncio.gather(*(self._answer(job) for job in self._jobs(video)))
+        return self._jobs(video)
 
     def _jobs(self, video: AskedVideo) -> list[_Job]:
         kept = video.kept
@@ -186,7 +187,9 @@ class VllmEngine:
             for question in video.questions
         ]
 
-    async def _answer(self, job: _Job) -> Answer | Refusal:
+    async def _answer(self, job: _Job | Refusal) -> Answer | Refusal:
+        if isinstance(job, Refusal):
+            return job
         try:
             self._check_room(job)
         except TooLongError as error:
@@ -194,7 +197,8 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         for _ in range(_TRIES):
-            start = self._starts
+            async with self._restarting:  # whoever comes meanwhile waits for the new one
+                start = self._starts
             try:
                 return await (self._choose(job) if job.question.choices else self._generate(job))
             except EngineDeadError as error:
@@ -264,8 +268,10 @@ class VllmEngine:
         return await self._run(prompt, params)
 
     async def _run(self, prompt: dict[str, Any], params: Any) -> Any:
+        async with self._restarting:
+            vllm = self._vllm
         number = str(next(self._numbers))
-        outputs = [output async for output in self._vllm.generate(prompt, params, number)]
+        outputs = [output async for output in vllm.generate(prompt, params, number)]
         return outputs[-1]
 
     async def _generate(self, job: _Job) -> Answer:
