@@ -1,7 +1,6 @@
 """The engine for GPUs: vLLM with continuous batching, kept tokens at their true positions."""
 
 import asyncio
-import gc
 import logging
 import os
 import threading
@@ -149,11 +148,6 @@ class VllmEngine:
         if vllm is None:  # it could not be started again
             return
         vllm.shutdown()
-        # Released here, since its destructor fails in an interpreter that is ending; its task for
-        # outputs, which knows it, has to end first.
-        await asyncio.sleep(0.1)
-        del vllm
-        gc.collect()
 
     def __call__(self, videos: Sequence[AskedVideo]) -> list[list[Answer | Refusal]]:
         """Return an answer or a refusal for each question of each video."""
