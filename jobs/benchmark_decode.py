@@ -70,10 +70,9 @@ def speed(folder: Path, repeats: int = 7) -> None:
     numbers = index.frames_at(times_s).tolist()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    limit = LIMITS.max_source_pixels
     ours, theirs = [], []
     for _ in range(repeats):
-        ours.append(seconds(lambda: decode_file(path, MEDIA, max_source_pixels=limit)))
+        ours.append(seconds(lambda: decode_file(path, MEDIA, LIMITS)))
         theirs.append(seconds(lambda: decord_alone(path, numbers)))
     for name, taken in (("ours, resized", ours), ("decord alone, full size", theirs)):
         print(f"{name:28}{statistics.median(taken):8.2f} s   {min(taken):.2f}..{max(taken):.2f}")

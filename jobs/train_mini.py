@@ -18,7 +18,8 @@ from omnisift.mini.model import (
     save_checkpoint,
     train_tokenizer,
 )
-from omnisift.mini.train import Recipe, Student, calibrate, run_stage
+from omnisift.mini.student import Student, calibrate
+from omnisift.mini.train import Recipe, run_stage
 from omnisift.training.loop import Schedule
 from pipeline.config import AnswerConfig
 

@@ -1,12 +1,13 @@
 """The configuration: frozen dataclasses are the schema, and refuse nonsense when made."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omnisift.codec import CODECS
 from omnisift.compress import DropShares, drop_shares
 from omnisift.methods import METHODS, TRAINED_METHODS
+from pipeline.redaction import holds_secret
 
 
 def _key(default: Any, text: str) -> Any:
@@ -21,6 +22,11 @@ def _require(holds: bool, name: str, rule: str, value: Any) -> None:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
+def _require_no_secret(name: str, value: str) -> None:
+    if holds_secret(value):
+        raise ValueError(f"{name} holds credentials; leave them to the environment")
+
+
 @dataclass(frozen=True)
 class ListingConfig:
     """Which objects are the corpus."""
@@ -30,6 +36,15 @@ class ListingConfig:
         "file endings taken from a prefix; a manifest names its videos itself",
     )
     hash_content: bool = _key(False, "key local files by their content instead of size and mtime")
+    roots: list[str] = _key(
+        [], "prefixes that videos must lie under; empty: the source's own folder, and any bucket"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a root that no place is under."""
+        for root in self.roots:
+            _require_no_secret("listing.roots", root)
+            _require(bool(root.strip()), "listing.roots", "prefixes that are not empty", root)
 
 
 @dataclass(frozen=True)
@@ -81,16 +96,20 @@ class DecodeConfig:
     """Limits of the child process that decodes."""
 
     deadline_s: float = _key(600.0, "seconds one video may take; then error_type decode_timeout")
+    probe_s: float = _key(60.0, "seconds until a file is understood; then error_type probe_timeout")
     memory_limit_bytes: int = _key(4 << 30, "address space of the child beyond its start")
     max_size_bytes: int = _key(16 << 30, "larger objects are refused as too_large")
     max_source_pixels: int = _key(8192 * 4608, "larger frames are refused as too_large")
+    max_duration_s: float = _key(86_400.0, "longer videos are refused as too_long")
+    max_streams: int = _key(128, "files of more streams are refused as too_many_streams")
     temp_dir: str = _key("", "where downloads lie while they are decoded; empty: the system's")
 
     def __post_init__(self) -> None:
         """Refuse limits that let nothing through."""
-        for name in ("deadline_s", "memory_limit_bytes", "max_size_bytes", "max_source_pixels"):
-            value = getattr(self, name)
-            _require(value > 0, f"decode.{name}", "positive", value)
+        for limit in fields(self):
+            if limit.name != "temp_dir":
+                value = getattr(self, limit.name)
+                _require(value > 0, f"decode.{limit.name}", "positive", value)
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         """Refuse codecs that do not exist."""
+        _require_no_secret("cache.path", self.path)
         _require(
             self.codec in ("auto", *CODECS),
             "cache.codec",
@@ -264,6 +284,7 @@ class StorageConfig:
 
     def __post_init__(self) -> None:
         """Refuse to try never."""
+        _require_no_secret("storage.endpoint_url", self.endpoint_url)
         _require(self.attempts >= 1, "storage.attempts", "at least 1", self.attempts)
         _require(self.timeout_s > 0, "storage.timeout_s", "positive", self.timeout_s)
 
@@ -313,6 +334,8 @@ class CaptionConfig:
 
     def __post_init__(self) -> None:
         """Refuse a job without a corpus or a place for its answers."""
+        for name in ("source", "output", "model"):
+            _require_no_secret(name, getattr(self, name))
         _require(bool(self.source), "source", "a prefix or a manifest", self.source)
         _require(bool(self.output), "output", "a prefix to write to", self.output)
         _require(bool(self.model), "model", "a folder or a hub id", self.model)
@@ -363,6 +386,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is not named and what cannot train."""
+        for name in ("data", "output", "model"):
+            _require_no_secret(name, getattr(self, name))
         _require(bool(self.data), "data", "a JSONL file", self.data)
         local = bool(self.output) and "://" not in self.output
         _require(local, "output", "a folder (states are written by all workers)", self.output)
@@ -398,6 +423,7 @@ class ShowConfig:
 
     def __post_init__(self) -> None:
         """Refuse an output that is not named and a status there is not."""
+        _require_no_secret("output", self.output)
         _require(bool(self.output), "output", "a prefix to read from", self.output)
         _require(self.status in ("", "ok", "failed"), "status", "ok or failed", self.status)
         _require(self.limit >= 1, "limit", "at least 1", self.limit)
@@ -417,6 +443,8 @@ class CompactConfig:
 
     def __post_init__(self) -> None:
         """Refuse an output that is not named and sizes that merge nothing."""
+        for name in ("output", "cache"):
+            _require_no_secret(name, getattr(self, name))
         _require(bool(self.output), "output", "a prefix to compact", self.output)
         _require(self.target_bytes >= 1, "target_bytes", "at least 1", self.target_bytes)
         _require(self.grace_s >= 0, "grace_s", "0 or more", self.grace_s)
@@ -437,6 +465,8 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         """Refuse an output that is not named."""
+        for name in ("output", "cache"):
+            _require_no_secret(name, getattr(self, name))
         _require(bool(self.output), "output", "a prefix to check", self.output)
 
     @property

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -21,6 +22,7 @@ from pipeline.media_index import DecodeError
 _START_S = 300.0  # importing torch from a cold network disk
 _TAKE_S = 60.0  # an idle child takes a file at once, or it is stuck
 _STDERR_BYTES = 400
+_LINE_BYTES = 1 << 20  # an answer is a few hundred bytes
 # All that a child gets of the environment: it works on files from strangers, so no credentials.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "HF_HOME")
 
@@ -63,12 +65,7 @@ class DecoderProcess:
         if self._child is not None and self._child.poll() is None:
             return
         self.stop()
-        arguments = child_arguments(
-            self._media,
-            max_source_pixels=self._limits.max_source_pixels,
-            memory_limit_bytes=self._limits.memory_limit_bytes,
-            shared_fd=self._shared_fd,
-        )
+        arguments = child_arguments(self._media, self._limits, shared_fd=self._shared_fd)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "pipeline.decoder", arguments],
             stdin=subprocess.PIPE,
@@ -102,33 +99,40 @@ class DecoderProcess:
             self.stop()
             self.start()
             self._offer(path)
-        deadline = time.monotonic() + self._limits.deadline_s
-        answer = self._hear(deadline)
-        if answer is None and time.monotonic() >= deadline:
-            self.stop()
-            raise DecodeError(
-                "decode_timeout",
-                f"not decoded within {self._limits.deadline_s:g} s; if the video is sound and "
-                "merely long, raise decode.deadline_s",
-            )
-        if answer is None:
-            status = self._end_of_child()
-            raise DecodeError(
-                "decode_crash",
-                f"the decoder died ({status}) on this file: {self._chatter()}; it is likely "
-                "damaged, transcode it or remove it",
-            )
+        answer = self._await("probe_timeout", self._limits.probe_s, "decode.probe_s")
+        if "understood" in answer:
+            answer = self._await("decode_timeout", self._limits.deadline_s, "decode.deadline_s")
         if "error_type" in answer:
             if answer["error_type"] == "out_of_memory":
                 self.stop()  # what it holds on to would be missing for the next file
             raise DecodeError(answer["error_type"], answer["message"])
         return self._collect(answer)
 
+    def _await(self, error_type: str, limit_s: float, key: str) -> dict[str, Any]:
+        """Return the next line on a file; a child that gives none in time is no more."""
+        deadline = time.monotonic() + limit_s
+        answer = self._hear(deadline)
+        if answer is not None:
+            return answer
+        late = time.monotonic() >= deadline
+        status = self._end_of_child()
+        chatter = self._chatter()
+        self.stop()
+        if late or status == f"signal {signal.SIGXCPU.name}":
+            raise DecodeError(
+                error_type,
+                f"not {'understood' if error_type == 'probe_timeout' else 'decoded'} within "
+                f"{limit_s:g} s; if the video is sound, raise {key}",
+            )
+        raise DecodeError(
+            "decode_crash",
+            f"the decoder died ({status}) on this file: {chatter}; it is likely damaged, "
+            "transcode it or remove it",
+        )
+
     def _collect(self, answer: dict[str, Any]) -> DecodedBytes:
         shape = answer["frames_shape"]
-        frames_bytes = 1
-        for side in shape:
-            frames_bytes *= side
+        frames_bytes = math.prod(shape)
         frames = _read(self._shared_fd, 0, frames_bytes)
         audio = _read(self._shared_fd, frames_bytes, answer["audio_bytes"])
         os.ftruncate(self._shared_fd, 0)  # gives the memory back
@@ -154,7 +158,10 @@ class DecoderProcess:
         return self._hear(time.monotonic() + _TAKE_S) is not None
 
     def _hear(self, deadline: float) -> dict[str, Any] | None:
-        """Return the next line, or None when the deadline passes or the child ends."""
+        """Return the next line, or None when the deadline passes or the child ends.
+
+        A child that says anything else has been led astray by its file, and counts as dead too.
+        """
         assert self._child is not None
         descriptor = _pipe(self._child.stdout).fileno()
         poll = select.poll()
@@ -164,12 +171,11 @@ class DecoderProcess:
             if left_s <= 0 or not poll.poll(left_s * 1000):
                 return None
             piece = os.read(descriptor, 1 << 16)
-            if not piece:
+            if not piece or len(self._heard) > _LINE_BYTES:
                 return None
             self._heard += piece
         line, _, self._heard = self._heard.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return _parsed(line)
 
     def _end_of_child(self) -> str:
         """Make sure that the child is gone, and say how it ended."""
@@ -189,6 +195,14 @@ class DecoderProcess:
         end = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, end - _STDERR_BYTES))
         return self._stderr.read().decode(errors="replace").strip() or "it printed nothing"
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

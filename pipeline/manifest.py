@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StartupError
-from pipeline.keys import plain, without_credentials
+from pipeline.keys import plain
+from pipeline.redaction import holds_secret
 from pipeline.storage import S3, Storage, StorageError, join
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
@@ -36,6 +37,9 @@ ASKS = pa.schema(
 _COLUMNS = ("uri", "video_key", "prompt_id", "prompt")
 _NAMES = frozenset({"uri", "video_key"})  # a manifest has at least one of them
 _BATCH = 65_536  # lines
+_MAX_CHARACTERS = csv.field_size_limit()  # 131,072, of a uri or a prompt in any format
+_MAX_LINE = 1 << 20  # bytes of JSONL, characters of CSV: a line is held as a whole
+_PARQUET_BATCH = 1024  # rows; a small file may repeat one long text any number of times
 _KEY = re.compile(r"^[0-9a-f]{64}$")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -95,7 +99,7 @@ def read_manifest(storage: Storage, manifest: str) -> Manifest:
                 batches.append(pa.Table.from_pylist(asks, ASKS))
     except StorageError as error:
         raise StartupError(f"source={manifest}: the manifest cannot be read: {error}") from error
-    except (OSError, pa.ArrowException, csv.Error, _UnusableError) as error:
+    except (OSError, pa.ArrowException, csv.Error, UnicodeDecodeError, _UnusableError) as error:
         raise StartupError(
             f"source={manifest}: the manifest cannot be read: {error}; it must be a .parquet, "
             ".csv or .jsonl file with a column uri or video_key, and may have prompt and prompt_id"
@@ -135,16 +139,30 @@ def _parquet(file: Any) -> Iterator[_Line]:
         ):
             raise _UnusableError(f"its column {name} is {kind}, not a string")
     line = 0
-    for batch in part.iter_batches(batch_size=_BATCH, columns=names):
-        for record in batch.to_pylist():
+    for batch in part.iter_batches(batch_size=_PARQUET_BATCH, columns=names):
+        for record in _records(batch):
             line += 1
             yield line, record
+
+
+def _records(batch: pa.RecordBatch) -> list[Mapping[str, Any] | str]:
+    """Return the rows; Parquet's strings may hold bytes that are no text, which fail their row."""
+    try:
+        records: list[Mapping[str, Any] | str] = batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return ["it is not UTF-8"]
+        middle = len(batch) // 2
+        return _records(batch.slice(0, middle)) + _records(batch.slice(middle))
+    return records
 
 
 def _csv(file: Any) -> Iterator[_Line]:
     # Bytes that are not UTF-8 become lone surrogates, and so fail their own line alone.
     with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(text, strict=True)  # else an open quote swallows the rest unsaid
+        reader = csv.reader(
+            _lines(text), strict=True
+        )  # else an open quote swallows the rest unsaid
         header = next(reader, [])
         if not _NAMES & set(header):
             found = ",".join(header)[:200]
@@ -166,7 +184,10 @@ def _csv(file: Any) -> Iterator[_Line]:
 
 
 def _jsonl(file: Any) -> Iterator[_Line]:
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(_lines(file), start=1):
+        if len(line) > _MAX_LINE:
+            yield number, f"it is longer than {_MAX_LINE} bytes"
+            continue
         if not line.strip():
             continue
         try:
@@ -177,6 +198,15 @@ def _jsonl(file: Any) -> Iterator[_Line]:
         yield number, record if isinstance(record, dict) else "it is not a JSON object"
 
 
+def _lines(file: Any) -> Iterator[Any]:
+    """Yield the lines of a file of text or bytes; of a longer one than _MAX_LINE, its beginning."""
+    while line := file.readline(_MAX_LINE + 1):
+        rest = line
+        while len(rest) > _MAX_LINE and rest[-1:] not in ("\n", "\r", b"\n"):
+            rest = file.readline(_MAX_LINE + 1)
+        yield line
+
+
 def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] | str:
     """Return the columns of a line, or what is wrong with it."""
     if isinstance(record, str):
@@ -185,9 +215,11 @@ def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] 
     for name in _COLUMNS:
         value = record.get(name)
         if value is not None and not isinstance(value, str):
-            return f"{name} is {value!r:.60}, not a string"
+            return f"{name} is {type(value).__name__}, not a string"
         if value is not None and not _is_text(value):
             return f"{name} is not UTF-8"
+        if value is not None and len(value) > _MAX_CHARACTERS:
+            return f"{name} has {len(value)} characters, more than {_MAX_CHARACTERS}"
         ask[name] = value if value and value.strip() else None
     choices = _choices(record.get("choices"))
     if isinstance(choices, str):
@@ -198,10 +230,10 @@ def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] 
         key = ask["video_key"]
         if key is None:
             return "it has no uri and no video_key"
-        return ask if _KEY.match(key) else f"video_key {key!r:.80} is not 64 hex digits"
+        return ask if _KEY.match(key) else "video_key is not 64 hex digits"
     ask["video_key"] = None  # the uri says which object is meant, as it is now
-    if uri != without_credentials(uri):
-        return "its uri holds credentials; give them in the environment"
+    if holds_secret(uri):
+        return "its uri holds credentials or is presigned; give them in the environment"
     scheme = _SCHEME.match(uri)
     if scheme and not uri.startswith((S3, "file://")):
         return f"its uri starts with {scheme[0]}; s3:// and local paths are read"

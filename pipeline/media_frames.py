@@ -10,7 +10,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from pipeline.media_index import DecodeError, VideoIndex
+from pipeline.media_index import ENDS, DecodeError, VideoIndex
 
 _SEEK_FRAMES = 3  # decoding so few frames costs no more than a seek
 _MAX_LAG_S = 1.0  # a frame that is this much older than the one wanted does not stand for it
@@ -95,7 +95,7 @@ class FrameReader:
                     continue  # a damaged packet: the next good frame is judged by its time
         except MemoryError:
             raise
-        except av.FFmpegError:
+        except ENDS:
             return  # the file breaks off here
 
     def _forward(self, wanted: int) -> VideoFrame | None:

@@ -15,12 +15,24 @@ from numpy.typing import NDArray
 
 from omnisift.media import MAX_ASPECT
 
-# Demuxers that hold one video each. Left out on purpose: playlists (hls, dash, concat), which make
-# a file from a stranger open other files and addresses, and formats that take any text or image.
+# Demuxers that hold one video each. Left out on purpose: playlists (hls, dash, concat, sdp), which
+# make a file from a stranger open other files and addresses, and formats that take any text or
+# image.
 _DEMUXERS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,ivf,h264,hevc,av1,obu,"
     "m4v,mxf,gxf,nut,rm,dv,swf,wtv,vob,y4m,yuv4mpegpipe,mp3,wav,flac,aac,amr,aiff,caf,gif,apng,w64"
 )
+# A demuxer that is led elsewhere all the same (an MP4 may name other files as its tracks) opens no
+# address. FFmpeg counts streams of its own, as memory: over its limit a file looks like a shortage.
+_OPTIONS = {
+    "format_whitelist": _DEMUXERS,
+    "protocol_whitelist": "file",
+    "enable_drefs": "0",
+    "max_streams": "100000",
+}
+# How reading packets ends before its time. IndexError: PyAV, behind the last packet, counts streams
+# that appeared in the middle of an MPEG-TS; by then every packet has been handed on.
+ENDS = (av.FFmpegError, IndexError)
 _LATEST_SHORTFALL_S = 1.0
 _SHORTFALL_SHARE = 0.05
 
@@ -62,7 +74,7 @@ class VideoIndex:
 def open_media(path: Path) -> InputContainer:
     """Open a media file. Raises DecodeError not_a_video, saying what the file looks like."""
     try:
-        return av.open(str(path), options={"format_whitelist": _DEMUXERS}, metadata_errors="ignore")
+        return av.open(str(path), options=dict(_OPTIONS), metadata_errors="ignore")
     except MemoryError:
         raise
     except (av.FFmpegError, ValueError) as error:
@@ -102,6 +114,27 @@ def video_stream(container: InputContainer) -> VideoStream:
         )
     best = container.streams.best("video")
     return best if isinstance(best, VideoStream) and best in streams else streams[0]
+
+
+def check_container(container: InputContainer, *, max_streams: int, max_duration_s: float) -> None:
+    """Raise DecodeError too_many_streams, or too_long, by what the file says of itself."""
+    if len(container.streams) > max_streams:
+        raise DecodeError(
+            "too_many_streams",
+            f"{len(container.streams)} streams are more than the {max_streams} of "
+            "decode.max_streams; raise it, or keep one video and one sound",
+        )
+    check_duration((container.duration or 0) / av.time_base, max_duration_s=max_duration_s)
+
+
+def check_duration(duration_s: float, *, max_duration_s: float) -> None:
+    """Raise DecodeError too_long."""
+    if duration_s > max_duration_s:
+        raise DecodeError(
+            "too_long",
+            f"{duration_s:.1f} s are more than the {max_duration_s:g} of decode.max_duration_s; "
+            "cut the video, or raise it and run once with retry.failed=true",
+        )
 
 
 def check_size(stream: VideoStream, *, max_source_pixels: int) -> None:
@@ -174,7 +207,7 @@ def index_video(container: InputContainer, stream: VideoStream) -> VideoIndex:
             packets.add(packet)
     except MemoryError:
         raise
-    except av.FFmpegError:
+    except ENDS:
         pass  # a file that breaks off; what is missing is judged below
     tick_s = float(stream.time_base or 1)
     found_s = max(0, packets.end - packets.first) * tick_s

@@ -12,6 +12,7 @@ from av.stream import Discard
 from numpy.typing import NDArray
 
 from omnisift.media import SAMPLE_RATE
+from pipeline.media_index import ENDS
 
 _JITTER_S = 0.1  # stamps of sound wander by less than this; more is a gap
 
@@ -58,7 +59,8 @@ class _Track:
         if kind != self._kind or abs(start_s - self._end_s) > _JITTER_S:
             self._flush()
             self._kind = kind
-            self._resampler = AudioResampler("fltp", frame.layout, SAMPLE_RATE)
+            # Packed: of planar sound PyAV finds eight channels, and reads anywhere for more.
+            self._resampler = AudioResampler("flt", frame.layout, SAMPLE_RATE)
             self._cursor = round(start_s * SAMPLE_RATE)
             self._end_s = start_s
         self._end_s += frame.samples / frame.sample_rate
@@ -80,7 +82,8 @@ class _Track:
         for piece in self._resampler.resample(frame):
             # The mean of the channels, as the published loader has it. FFmpeg's own way to mono
             # is louder: it adds them with weights whose sum is above one.
-            samples = piece.to_ndarray().mean(axis=0)
+            channels = piece.to_ndarray().reshape(-1, piece.layout.nb_channels).T
+            samples = np.ascontiguousarray(channels).mean(axis=0)
             start, stop = self._cursor, min(self._cursor + len(samples), len(self._samples))
             if stop > max(start, 0):
                 self._samples[max(start, 0) : stop] = samples[max(start, 0) - start : stop - start]
@@ -102,5 +105,5 @@ def _decode(container: InputContainer, stream: AudioStream) -> Iterator[AudioFra
                 continue
     except MemoryError:
         raise
-    except av.FFmpegError:
+    except ENDS:
         return

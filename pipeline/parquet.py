@@ -15,11 +15,20 @@ from pipeline.storage import Storage
 
 @contextmanager
 def open_parquet(storage: Storage, uri: str) -> Iterator[pq.ParquetFile]:
-    """Open a file; page checksums, where it has them, are verified."""
+    """Open a file; page checksums, where it has them, are verified.
+
+    Raises ValueError for columns of extension types: all of ours are plain, and reading the values
+    of one of Ray's would unpickle them.
+    """
     with storage.open(uri) as file:
-        yield pq.ParquetFile(
+        part = pq.ParquetFile(
             pa.PythonFile(file, mode="r"), pre_buffer=False, page_checksum_verification=True
         )
+        for field in part.schema_arrow:
+            if isinstance(field.type, pa.BaseExtensionType):
+                message = f"{uri}: column {field.name} is {field.type}, not a plain type"
+                raise ValueError(message)  # noqa: TRY004 (the file's fault, not the caller's)
+        yield part
 
 
 def read_columns(storage: Storage, uri: str, columns: Sequence[str] | None = None) -> pa.Table:

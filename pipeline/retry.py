@@ -5,7 +5,9 @@ FINAL = frozenset(
     {"bad_tokens", "decode_error", "no_video_stream", "not_a_video", "too_long", "truncated"}
 )
 # The video may be poison, or the machine was short of something: tried `retry.max_attempts` times.
-COSTLY = frozenset({"decode_crash", "decode_timeout", "engine_died", "out_of_memory"})
+COSTLY = frozenset(
+    {"decode_crash", "decode_timeout", "engine_died", "out_of_memory", "probe_timeout"}
+)
 # Everything else (storage, credentials, limits of the configuration) is tried by every run.
 
 

@@ -12,6 +12,7 @@ from omnisift.codec import CODECS, Codec
 from omnisift.engines.vllm_engine import VllmOptions
 from omnisift.prompts import Sampling
 from pipeline import keys
+from pipeline.boundary import roots_of
 from pipeline.config import AnswerConfig, CaptionConfig
 from pipeline.errors import StartupError
 from pipeline.stages.answer import AnswerSettings
@@ -171,7 +172,12 @@ def make_settings(
         cache_folder=cache_folder,
         ingredients=ingredients,
         answer_fingerprint=answer_fingerprint,
-        decode={"media": config.media, "decode": config.decode, "storage": config.storage},
+        decode={
+            "media": config.media,
+            "decode": config.decode,
+            "storage": config.storage,
+            "roots": roots_of(config),
+        },
         compress={"settings": compress},
         write_cache={
             "storage": storage,

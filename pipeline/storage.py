@@ -31,6 +31,7 @@ from botocore.exceptions import (
 )
 
 from pipeline.config import StorageConfig
+from pipeline.redaction import holds_secret, redact
 
 _T = TypeVar("_T")
 
@@ -63,7 +64,8 @@ class StorageError(Exception):
     """
 
     def __init__(self, error_type: str, message: str) -> None:
-        super().__init__(error_type, message)  # both arguments: it must survive pickling
+        # both arguments: it must survive pickling
+        super().__init__(error_type, redact(message))
         self.error_type = error_type
 
     def __str__(self) -> str:
@@ -243,6 +245,11 @@ class Storage:
         with self._lock:
             if self._made is None or self._made_in_pid != os.getpid():
                 endpoint = self._config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
+                for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+                    if holds_secret(os.environ.get(name, "")):  # botocore's errors repeat it
+                        raise StorageError(
+                            "forbidden", f"{name} holds credentials; set them in AWS_* variables"
+                        )
                 self._made = boto3.session.Session().client(
                     "s3",
                     endpoint_url=endpoint or None,
@@ -452,7 +459,13 @@ def _list_local(prefix: str) -> Iterator[ObjectInfo]:
         yield _stat_local(prefix)
         return
     for path in _guard_local(prefix, lambda: _walk(root)):
-        yield _stat_local(path)
+        try:
+            yield _stat_local(path)
+        except StorageError as error:
+            if Path(path).is_symlink():  # that leads nowhere: who opens it says so
+                yield ObjectInfo(path, 0, "", 0)
+            elif error.error_type != "not_found":  # else it is gone since
+                raise
 
 
 def _write_local(path: Path, data: bytes | memoryview | pa.Buffer) -> None:

@@ -15,6 +15,7 @@ from omnisift.compressor import Clip, TooLongError
 from omnisift.training.loop import step_seed
 from omnisift.training.pruned_loss import Example, LaidExample
 from pipeline import rows
+from pipeline.boundary import ANYWHERE
 from pipeline.config import TrainConfig
 from pipeline.keys import video_key
 from pipeline.manifest import folder_of
@@ -82,7 +83,8 @@ class Examples:
         self._tally, self._lay = tally, lay
         self._storage = Storage(config.storage)
         self._decoders = [
-            Decode(config.media, config.decode, config.storage) for _ in range(config.decoders)
+            Decode(config.media, config.decode, config.storage, ANYWHERE)
+            for _ in range(config.decoders)
         ]
         # A thread for each: it waits for the child process that decodes.
         self._threads = [ThreadPoolExecutor(max_workers=1) for _ in self._decoders]

@@ -14,7 +14,6 @@ from torch import Tensor
 Linear = tuple[Tensor, Tensor | None]  # weight, bias
 
 
-
 def linear(module: Any) -> Linear:
     """Return a module's weight and bias."""
     return module.weight, module.bias
@@ -22,7 +21,8 @@ def linear(module: Any) -> Linear:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """Return x [..., D] scaled to a root mean square of 1, times the weight."""
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    normed: Tensor = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    return normed
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -33,7 +33,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """Return [B, L, H * d] as [B, H, L, d]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (num_heads, -1))
+    return split.transpose(1, 2)
 
 
 class TextLayer(NamedTuple):
@@ -55,11 +56,16 @@ class TextLayer(NamedTuple):
         """Take them from transformers' module."""
         attn, mlp = layer.self_attn, layer.mlp
         return cls(
-            layer.input_layernorm.weight,
-            *(linear(part) for part in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)),
-            layer.post_attention_layernorm.weight,
-            *(linear(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
-            layer.input_layernorm.variance_epsilon,
+            norm1=layer.input_layernorm.weight,
+            q=linear(attn.q_proj),
+            k=linear(attn.k_proj),
+            v=linear(attn.v_proj),
+            out=linear(attn.o_proj),
+            norm2=layer.post_attention_layernorm.weight,
+            gate=linear(mlp.gate_proj),
+            up=linear(mlp.up_proj),
+            down=linear(mlp.down_proj),
+            eps=layer.input_layernorm.variance_epsilon,
         )
 
 

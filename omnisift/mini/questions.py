@@ -55,6 +55,13 @@ def caption(scene: Scene) -> str:
     return " ".join([*parts, *(text for _, text in sorted(happenings))])
 
 
+def caption_match(said: str, scene: Scene) -> tuple[int, int]:
+    """Return how many of a caption's sentences were said, and how many there are."""
+    told = Counter(said.rstrip(".").split(". "))
+    true = Counter(caption(scene).rstrip(".").split(". "))
+    return (told & true).total(), true.total()
+
+
 def _colour(scene: Scene, event: Event) -> str:
     return scene.things[event.thing].colour
 

@@ -70,10 +70,15 @@ class VisionBlock(NamedTuple):
         """Take them from transformers' module."""
         attn, mlp = block.attn, block.mlp
         return cls(
-            block.norm1.weight,
-            *(linear(layer) for layer in (attn.q, attn.k, attn.v, attn.proj)),
-            block.norm2.weight,
-            *(linear(layer) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+            norm1=block.norm1.weight,
+            q=linear(attn.q),
+            k=linear(attn.k),
+            v=linear(attn.v),
+            out=linear(attn.proj),
+            norm2=block.norm2.weight,
+            gate=linear(mlp.gate_proj),
+            up=linear(mlp.up_proj),
+            down=linear(mlp.down_proj),
         )
 
 
@@ -102,7 +107,7 @@ def encode_frames(model: Any, frames: Tensor) -> Tensor:
     cos, sin = cos.repeat(repeats, 1, 1, 1).to(x.dtype), sin.repeat(repeats, 1, 1, 1).to(x.dtype)
     for block in visual.blocks:
         x = vision_block(VisionBlock.of(block), x, cos, sin, block.attn.num_heads)
-    merged = visual.merger(x.reshape(-1, x.shape[-1]))
+    merged: Tensor = visual.merger(x.reshape(-1, x.shape[-1]))
     grids = num_frames // TEMPORAL_PATCH
     tokens = merged.view(batch, grids, rows, columns, _WINDOW, _WINDOW, -1)
     return tokens.transpose(3, 4).reshape(batch, grids, rows * columns * _WINDOW**2, -1)

@@ -14,48 +14,43 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from omnisift.audio_selection import AudioSelector
-from omnisift.backbone import inner
 from omnisift.compress import DropShares, compress_planned, drop_shares
 from omnisift.compression_plan import CompressionPlan, plan_compression
 from omnisift.layout import Block, Modality, ModelLayout, place_block
-from omnisift.media import FACTOR, log_mel
+from omnisift.media import FACTOR
 from omnisift.methods import DECIDERS, compress_with
 from omnisift.mini import towers
-from omnisift.mini.fused import fused
 from omnisift.mini.layers import TextLayer, rms_norm, text_layer
 from omnisift.mini.lessons import IGNORED, Lesson, Lessons, Slots
-from omnisift.mini.pictures import ScenePlan, draw
+from omnisift.mini.observe import FPS, Seen, observe
+from omnisift.mini.pictures import ScenePlan
 from omnisift.mini.questions import KINDS
-from omnisift.mini.sounds import TOKENS_PER_SECOND, SoundPlan, heard, render
-from omnisift.mini.world import ACTION_S, ACTIONS, COLOURS, NOISES, SHAPES, SIDE
+from omnisift.mini.sounds import TOKENS_PER_SECOND, SoundPlan
+from omnisift.mini.student import Exploring, Student
+from omnisift.mini.world import COLOURS, NOISES, SIDE
 from omnisift.training.loop import Schedule, train
 
-FPS = 2
 _SIDE_TOKENS = SIDE // FACTOR
-_SAMPLES = 7  # of the owner map along a token's side
-_OBJECT_SHARE = 0.1  # of a token's pixels, from which on it shows an object
 _HELP_UNTIL, _HELP_AFTER = 0.6, 0.1  # share of the steps; weight of the auxiliary losses behind
 
 
 def shares_for(retain: float) -> DropShares:
-    """Return drop shares that keep `retain` of all tokens at this model's 36 + 25 a second.
+    """Return drop shares that keep `retain` of all tokens of this model's chunks: 72 + 50.
 
     On the line through the published settings (`drop_shares`), whose totals are those of a model
-    with hundreds of video tokens a second.
+    with hundreds of video tokens a second; what each grid and chunk rounds is counted.
     """
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        shares = drop_shares(middle)
-        video = _SIDE_TOKENS**2
-        kept = (1 - shares.video) * video + (1 - shares.audio) * TOKENS_PER_SECOND
-        low, high = (middle, high) if kept < retain * (video + TOKENS_PER_SECOND) else (low, middle)
-    shares = drop_shares(high)
-    return DropShares(round(shares.video, 3), round(shares.audio, 3))
+    video, audio = _SIDE_TOKENS**2, 2 * TOKENS_PER_SECOND
+
+    def kept(shares: DropShares) -> float:
+        dropped = 2 * int(video * shares.video) + int(audio * shares.audio)
+        return 1 - dropped / (2 * video + audio)
+
+    line = [drop_shares(nominal / 1000) for nominal in range(1001)]
+    return min(line, key=lambda shares: abs(kept(shares) - retain))
 
 
 @dataclass(frozen=True)
@@ -72,131 +67,6 @@ class Recipe:
     selector_rate: float = 1.0  # times the learning rate
     selector_alone: float = 0.0  # share of the steps in which the LLM stays as it was
     exploration: float = 0.0  # size of the noise on the scores that select
-
-
-class Student(nn.Module):
-    """What is trained: the thinker, the selector, and heads that only training has."""
-
-    def __init__(self, model: Any, selector: AudioSelector) -> None:
-        """Take an untrained thinker or one that has been trained before."""
-        super().__init__()
-        self.model, self.selector = model, selector
-        width = model.config.text_config.hidden_size
-        self.sound_head = nn.Linear(width, len(NOISES) + 1)
-        self.object_head = nn.Linear(width, 2)
-        self.look_heads = nn.ModuleList(
-            nn.Linear(width, size) for size in (len(COLOURS), len(SHAPES), len(ACTIONS) + 1)
-        )
-        self.cause_head = nn.Linear(width, len(COLOURS) + 1)
-
-    @property
-    def text(self) -> Any:
-        """Return the LLM's layers, wherever transformers keeps them."""
-        return getattr(self.model.model, "language_model", self.model.model)
-
-    def trained(self, stage: str) -> dict[str, nn.Parameter]:
-        """Return what a stage trains; the towers are frozen behind the first."""
-        frozen = (
-            ("selector.",)
-            if stage == "backbone"
-            else (
-                "model.visual",
-                "model.model.visual",
-                "model.audio_tower",
-                "model.model.audio_tower",
-            )
-            + ("sound_head", "object_head", "look_heads", "cause_head")
-        )
-        chosen = {}
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not name.startswith(frozen) and "audio_bos_eos" not in name)
-            if parameter.requires_grad:
-                chosen[name] = parameter
-        return chosen
-
-
-class Seen(NamedTuple):
-    """A lesson as the towers read it, and what its tokens show."""
-
-    frames: Tensor  # [B, T, 3, H, W] in [0, 1]
-    mel: Tensor  # [B, 128, F]
-    owner: Tensor  # [B, G, N] object of each video token, -1 for none
-    action: Tensor  # [B, G, K] index in ACTIONS, len(ACTIONS) for none
-    sound: Tensor  # [B, A] index of the sound of each audio token, -1 for none
-
-
-def observe(pictures: ScenePlan, sounds: SoundPlan, duration_s: int, *, rough: bool) -> Seen:
-    """Draw and sound a lesson; `rough` adds what codecs, cameras and microphones do."""
-    device = pictures.radius.device
-    times = torch.arange(duration_s * FPS, device=device) / FPS
-    frames, owner = draw(pictures, times)
-    wave = render(sounds, duration_s)
-    if rough:
-        frames, wave = _roughen_frames(frames), _roughen_wave(wave)
-    return Seen(
-        frames,
-        log_mel(wave),
-        _token_owner(owner, pictures.radius.shape[1]),
-        _grid_action(pictures, times),
-        heard(sounds, duration_s * TOKENS_PER_SECOND),
-    )
-
-
-def _roughen_frames(frames: Tensor) -> Tensor:
-    batch, num, _, height, width = frames.shape
-    device = frames.device
-    soft, gain = (
-        torch.rand(batch, 1, device=device).expand(-1, num).reshape(-1, 1, 1, 1) for _ in range(2)
-    )
-    # Blocks of 8 that are off by a shade, and noise.
-    shade = torch.randn(batch * num, 1, height // 8, width // 8, device=device)
-    noise = torch.randn(batch * num, 1, height, width, device=device)
-    rough = _blur(frames.flatten(0, 1), 0.5 * soft, 0.97 + 0.06 * gain, 0.006 * shade, 0.01 * noise)
-    return rough.unflatten(0, (batch, num))
-
-
-@fused
-def _blur(frames: Tensor, soft: Tensor, gain: Tensor, shade: Tensor, noise: Tensor) -> Tensor:
-    # Colour at half the resolution, as 4:2:0 has it; sharpness lost to scaling.
-    small = F.avg_pool2d(frames, 2)
-    coarse = small.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
-    luma = torch.tensor((0.299, 0.587, 0.114), device=frames.device)[:, None, None]
-    bright = ((frames - coarse) * luma).sum(1, keepdim=True)
-    shade = shade.repeat_interleave(8, dim=-1).repeat_interleave(8, dim=-2)
-    out = (coarse + (1 - soft) * bright) * gain + shade + noise
-    return (out.clamp(0, 1) * 255).round() / 255
-
-
-def _roughen_wave(wave: Tensor) -> Tensor:
-    batch, device = len(wave), wave.device
-    gain = 0.5 + 0.7 * torch.rand(batch, 1, device=device)
-    floor = 10 ** (-4.5 + 1.5 * torch.rand(batch, 1, device=device))
-    # A low pass of two samples, as strong as chance has it.
-    soft = 0.5 * torch.rand(batch, 1, device=device)
-    wave = (1 - soft) * wave + soft * F.pad(wave, (1, 0))[:, :-1]
-    return wave * gain + floor * torch.randn_like(wave)
-
-
-def _token_owner(owner: Tensor, num_things: int) -> Tensor:
-    step = FACTOR // _SAMPLES
-    sampled = owner[..., step // 2 :: step, step // 2 :: step]  # [B, T, n, n]
-    shares = torch.stack(
-        [F.avg_pool2d((sampled == thing).float(), _SAMPLES) for thing in range(num_things)], -1
-    )
-    shares = shares.unflatten(1, (-1, 2)).mean(2).flatten(2, 3)  # [B, G, N, K]
-    most, which = shares.max(-1)
-    return torch.where(most > _OBJECT_SHARE, which, -1)
-
-
-def _grid_action(pictures: ScenePlan, times: Tensor) -> Tensor:
-    phase = (times - pictures.event_start[..., None]) / ACTION_S
-    at_work = (phase > 0.08) & (phase < 0.92)
-    at_work = at_work.unflatten(-1, (-1, 2)).any(-1)  # [B, E, G]
-    things = torch.arange(pictures.radius.shape[1], device=times.device)
-    mine = pictures.event_thing[..., None] == things  # [B, E, K]
-    action = torch.where(at_work, pictures.event_action[..., None], -1)
-    found = torch.where(mine[:, :, None], action[..., None], -1).amax(1)  # [B, G, K]
-    return torch.where(found < 0, len(ACTIONS), found)
 
 
 class Clips(NamedTuple):
@@ -230,7 +100,7 @@ def lay_out(layout: ModelLayout, duration_s: int, device: torch.device) -> Clips
 
 def place(model: Any, clips: Clips, video: Tensor, audio: Tensor) -> Tensor:
     """Return the block's embeddings [B, L, D] from video [B, G, N, D] and audio [B, A, D]."""
-    embeds = model.get_input_embeddings()(clips.ids).expand(len(video), -1, -1)
+    embeds: Tensor = model.get_input_embeddings()(clips.ids).expand(len(video), -1, -1)
     embeds = embeds.index_copy(1, clips.video, video.flatten(1, 2).to(embeds.dtype))
     return embeds.index_copy(1, clips.audio, audio.to(embeds.dtype))
 
@@ -242,30 +112,6 @@ def slot_mask(num_context: int, slots: Slots, device: torch.device) -> Tensor:
     index = torch.arange(len(slot))
     same = (slot[:, None] == slot) | (slot == 0)
     return (same & (index[:, None] >= index))[None, None].to(device)
-
-
-class Exploring(nn.Module):
-    """A selector in training: its scores with noise, their gradient without its mean.
-
-    How many tokens a chunk keeps is fixed, so raising all scores alike changes nothing; but only
-    kept tokens have a gradient, nearly all of them would like to be larger, and most tokens are
-    silent: uncentred, the selector learns to keep what is frequent, loses the rare sounds, and
-    without noise never meets them again.
-    """
-
-    def __init__(self, selector: AudioSelector, noise: float) -> None:
-        """Wrap a selector; `noise` is the size of the Gumbel noise, 0: as published."""
-        super().__init__()
-        self.selector, self.noise = selector, noise
-
-    def forward(self, video_CVD: Tensor, video_valid_CV: Tensor, audio_CAD: Tensor) -> Tensor:
-        """Return the scores [C, A]."""
-        score: Tensor = self.selector(video_CVD, video_valid_CV, audio_CAD)
-        if not self.noise:
-            return score
-        mean = score.mean(1, keepdim=True)
-        gumbel = -torch.log(-torch.log(torch.rand_like(score).clamp(1e-6, 1 - 1e-6)))
-        return score - (mean - mean.detach()) + self.noise * gumbel
 
 
 class Trainer:
@@ -369,7 +215,11 @@ class Trainer:
                 )
         index = torch.stack([result.kept_index for result in results])
         kept = torch.stack([result.embeds for result in results])
-        return kept, clips.positions[:, index], torch.stack([result.keep_mask for result in results])
+        return (
+            kept,
+            clips.positions[:, index],
+            torch.stack([result.keep_mask for result in results]),
+        )
 
     def _plan(self, duration_s: int, number: int, shares: DropShares) -> CompressionPlan:
         block = self._clips(duration_s).block
@@ -469,37 +319,6 @@ class Trainer:
 def _cross_entropy(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
     losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
     return (losses * where.flatten()).sum() / where.sum().clamp(min=1)
-
-
-def calibrate(student: Student, lessons: Lessons, device: torch.device) -> None:
-    """Scale the first layers so that what leaves them is centred and of size 1.
-
-    A log-mel spectrogram is nowhere near that: with plain initialisation sound is a tenth of the
-    position code it is added to, and the model never learns to use it.
-    """
-    few = Lessons(lessons.template, seed=lessons.seed, steps=1, grids=64)[0]
-    pictures = ScenePlan(*(value.to(device) for value in few.pictures))
-    sounds = SoundPlan(*(value.to(device) for value in few.sounds))
-    seen = observe(pictures, sounds, few.duration_s, rough=True)
-    student.to(device)
-    tower = inner(student.model).audio_tower
-    window = 2 * tower.n_window
-    x = seen.mel.unflatten(-1, (-1, window)).transpose(1, 2).flatten(0, 1)
-    with torch.no_grad():
-        for layer in (tower.conv1, tower.conv2):
-            out = layer(x)
-            mean, size = out.mean((0, 2)), out.std()
-            layer.weight /= size
-            layer.bias.copy_((layer.bias - mean) / size)
-            x = F.gelu(layer(x))
-        video = towers.encode_frames(student.model, seen.frames)
-        audio = towers.encode_mel(student.model, seen.mel)
-        size = student.model.get_input_embeddings().weight.std()
-        for last, tokens in (
-            (inner(student.model).visual.merger.mlp[-1], video),
-            (tower.proj, audio),
-        ):
-            last.weight *= size / tokens.std()
 
 
 def run_stage(

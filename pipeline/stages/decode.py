@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import rows
+from pipeline.boundary import BoundaryError, Roots
 from pipeline.config import DecodeConfig, MediaConfig, StorageConfig
 from pipeline.decoder_process import DecodedBytes, DecoderProcess
 from pipeline.media_index import DecodeError
@@ -32,8 +33,11 @@ class Decode:
     decode_s.
     """
 
-    def __init__(self, media: MediaConfig, decode: DecodeConfig, storage: StorageConfig) -> None:
+    def __init__(
+        self, media: MediaConfig, decode: DecodeConfig, storage: StorageConfig, roots: Roots
+    ) -> None:
         self._limits = decode
+        self._roots = roots
         self._storage = Storage(storage)
         self._temp_dir, lock_fd = _own_temp_dir(Path(decode.temp_dir or tempfile.gettempdir()))
         self._decoder = DecoderProcess(media, decode)
@@ -56,7 +60,7 @@ class Decode:
         uri = row["uri"]
         try:
             decoded = self._decode(uri, row["size_bytes"], row["etag"] or "")
-        except StorageError as error:
+        except (BoundaryError, StorageError) as error:
             row = rows.failed(row, "decode", error.error_type, str(error))
         except DecodeError as error:
             row = rows.failed(row, "decode", error.error_type, f"{uri}: {error.message}")
@@ -81,6 +85,7 @@ class Decode:
     def _file(self, info: ObjectInfo) -> Iterator[Path]:
         """Give the video as a file: a local one as it lies there, any other as a copy."""
         if not info.uri.startswith(S3):
+            path = self._roots.resolve(info.uri)  # again: a link may have been put there since
             found = self._storage.stat(info.uri)
             if found.size_bytes != info.size_bytes:
                 raise StorageError(
@@ -88,7 +93,7 @@ class Decode:
                     f"{info.uri}: {info.size_bytes} bytes were listed, {found.size_bytes} are "
                     "there now; run the job again",
                 )
-            yield Path(info.uri.removeprefix("file://")).resolve()
+            yield path
             return
         # Its ending is a hint to the demuxer, and all that is taken from the name.
         ending = re.search(r"\.[A-Za-z0-9]{1,5}$", info.uri)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline import keys, rows
 from pipeline.answers import Ask
+from pipeline.boundary import BoundaryError, Roots, roots_of, shown
 from pipeline.compression_index import Done
 from pipeline.config import CaptionConfig
 from pipeline.errors import StartupError
@@ -93,9 +94,6 @@ def list_work(
     has none is a broken one, instead of asking the configured prompt. Raises StartupError, which
     names `source`, when nothing can be listed or read there.
     """
-    source = keys.without_credentials(config.source)
-    if source != config.source:
-        raise StartupError(f"source={source}: leave the credentials to the environment")
     counts: Counter[str] = Counter()
     if is_manifest(config.source):
         candidates: Iterator[_Candidate | BrokenLine] = _named(
@@ -228,6 +226,7 @@ def _probed(
         storage=storage,
         root=root,
         hash_content=config.listing.hash_content,
+        roots=roots_of(config),
         default=_default_prompt(config),
     )
     with ThreadPoolExecutor(_PROBES) as pool:
@@ -245,21 +244,21 @@ def _probe(
     storage: Storage,
     root: str,
     hash_content: bool,
+    roots: Roots,
     default: Prompt,
 ) -> dict[str, Any]:
     if isinstance(candidate, BrokenLine):
         uri, message = candidate.uri, candidate.message
         return _failed(uri, [default], "bad_manifest_row", message)
     uri = candidate.uri
-    if not _is_text(uri):  # a local file name may hold any bytes, a column only UTF-8
-        shown = uri.encode(errors="backslashreplace").decode()
-        return _failed(shown, candidate.prompts, "bad_name", f"{shown}: the name is not UTF-8")
     try:
+        if not candidate.video_key:  # an earlier run let it in; decode opens it under the roots
+            roots.check(uri)
         info = candidate.info or storage.stat(uri)
         hashed = hash_content and not candidate.video_key and not uri.startswith(S3)
         content = _sha256(storage, uri) if hashed else None
-    except StorageError as error:
-        return _failed(uri, candidate.prompts, error.error_type, str(error))
+    except (BoundaryError, StorageError) as error:
+        return _failed(shown(uri), candidate.prompts, error.error_type, str(error))
     return {
         "video_key": candidate.video_key or keys.video_key(info, root=root, content_sha256=content),
         "uri": uri,
@@ -273,14 +272,6 @@ def _probe(
 def _failed(uri: str, prompts: list[Prompt], error_type: str, message: str) -> dict[str, Any]:
     row = {"video_key": keys.missing_key(uri), "uri": uri, "prompts": prompts}
     return rows.failed(row, "source", error_type, message)
-
-
-def _is_text(uri: str) -> bool:
-    try:
-        uri.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _sha256(storage: Storage, uri: str) -> str:

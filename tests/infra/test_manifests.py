@@ -39,13 +39,6 @@ def test_what_is_submitted_is_a_job_of_this_repository_with_keys_it_knows(comman
     assert cli.load(CaptionConfig, arguments).source == "s3://bucket/videos"
 
 
-@pytest.mark.parametrize("path", sorted(INFRA.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_manifest_names_its_kind_and_version(path: Path) -> None:
-    for each in documents(path.name):
-        assert each["apiVersion"]
-        assert each["kind"]
-
-
 def test_the_nightly_cluster_is_the_standing_one() -> None:
     standing = document("cluster.yaml", "RayCluster")["spec"]
     assert document("rayjob.yaml", "RayJob")["spec"]["rayClusterSpec"] == standing

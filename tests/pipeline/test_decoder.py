@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.media_index import DecodeError, index_video, open_media, video_str
 from pipeline.testing import clips
 
 MEDIA = MediaConfig()
-MAX_PIXELS = DecodeConfig().max_source_pixels
+LIMITS = DecodeConfig()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def decode(folder: Path, name: str, media: MediaConfig = MEDIA) -> Decoded:
     path = clips.render(folder, [name])[name]
-    return decode_file(path, media, max_source_pixels=MAX_PIXELS)
+    return decode_file(path, media, LIMITS)
 
 
 def every_frame(path: Path) -> tuple[list[Fraction], list[NDArray[np.uint8]]]:
@@ -139,7 +140,7 @@ def test_sparse_samples_leave_what_lies_between_undecoded(
             yield frame
 
     monkeypatch.setattr(FrameReader, "_decode", counting)
-    result = decode_file(path, MediaConfig(max_frames=10), max_source_pixels=MAX_PIXELS)
+    result = decode_file(path, MediaConfig(max_frames=10), LIMITS)
     assert len(result.frames) == 10
     assert decoded <= 10 * 13  # a group of pictures each, and what the decoder reorders
 
@@ -184,6 +185,29 @@ def test_sound_is_the_mean_of_the_channels_at_16_khz(folder: Path, name: str) ->
     error = sound[:length] - expected[:length]
     # Two resamplers differ near 8 kHz; a sample of delay would already be 10 times this.
     assert np.sqrt(np.mean(error**2)) < 0.05 * np.sqrt(np.mean(expected**2))
+
+
+def test_sound_of_many_channels_is_their_mean(folder: Path) -> None:
+    path = folder / "sixteen.mkv"
+    levels = np.arange(16, dtype=np.int16) * 1000
+    with av.open(str(path), "w") as output:
+        video: Any = output.add_stream("mpeg4", rate=25)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        sound: Any = output.add_stream("pcm_s16le", rate=SAMPLE_RATE)
+        sound.codec_context.layout = "hexadecagonal"
+        picture = av.VideoFrame.from_ndarray(np.zeros((48, 32), np.uint8), format="yuv420p")
+        for number in range(25):
+            picture.pts = number
+            output.mux(video.encode(picture))
+        samples = np.tile(levels, SAMPLE_RATE)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="hexadecagonal")
+        frame.sample_rate, frame.pts = SAMPLE_RATE, 0
+        output.mux(sound.encode(frame))
+        output.mux(video.encode(None))
+        output.mux(sound.encode(None))
+    decoded = decode_file(path, MEDIA, LIMITS)
+    assert len(decoded.audio) == SAMPLE_RATE
+    assert np.allclose(decoded.audio, levels.mean() / 32768, atol=1e-4)
 
 
 def test_sound_that_starts_late_is_preceded_by_silence(folder: Path) -> None:
@@ -242,7 +266,7 @@ def test_flipped_bits_end_in_frames_or_in_a_clear_error(folder: Path) -> None:
         path = folder / "flipped.mp4"
         path.write_bytes(data.tobytes())
         try:
-            decoded = decode_file(path, MEDIA, max_source_pixels=MAX_PIXELS)
+            decoded = decode_file(path, MEDIA, LIMITS)
         except DecodeError as error:
             types.add(error.error_type)
         else:
@@ -253,11 +277,11 @@ def test_flipped_bits_end_in_frames_or_in_a_clear_error(folder: Path) -> None:
 def test_frames_beyond_the_limits_are_refused_before_they_are_decoded(folder: Path) -> None:
     path = clips.render(folder, ["h264_sound.mp4"])["h264_sound.mp4"]
     with pytest.raises(DecodeError, match="320x180 are more than the 1000 pixels") as caught:
-        decode_file(path, MEDIA, max_source_pixels=1000)
+        decode_file(path, MEDIA, DecodeConfig(max_source_pixels=1000))
     assert caught.value.error_type == "too_large"
     clips.encode(folder / "strip.mkv", codec="ffv1", size=(804, 4), num_frames=2)
     with pytest.raises(DecodeError, match="200 times as long as wide"):
-        decode_file(folder / "strip.mkv", MEDIA, max_source_pixels=MAX_PIXELS)
+        decode_file(folder / "strip.mkv", MEDIA, LIMITS)
 
 
 def test_a_playlist_opens_nothing_else(folder: Path) -> None:
@@ -267,7 +291,7 @@ def test_a_playlist_opens_nothing_else(folder: Path) -> None:
         f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile://{target}\n#EXT-X-ENDLIST\n"
     )
     with pytest.raises(DecodeError) as caught:
-        decode_file(playlist, MEDIA, max_source_pixels=MAX_PIXELS)
+        decode_file(playlist, MEDIA, LIMITS)
     assert caught.value.error_type == "not_a_video"
 
 

@@ -24,7 +24,13 @@ from omnisift.compressor import Clip, VideoCompressor
 from omnisift.mini.tiny import write_tiny_model
 from pipeline import rows
 from pipeline.answers import find_files, read_answers
-from pipeline.config import AnswerConfig, CaptionConfig, CompressionConfig, MediaConfig
+from pipeline.config import (
+    AnswerConfig,
+    CaptionConfig,
+    CompressionConfig,
+    DecodeConfig,
+    MediaConfig,
+)
 from pipeline.decoder import decode_file
 from pipeline.errors import StartupError
 from pipeline.parquet import read_columns
@@ -76,7 +82,7 @@ def config(bucket: str, model: Path) -> CaptionConfig:
 
 def _texts_without_ray(config: CaptionConfig, model: Path, clip: Path, prompt: str) -> str:
     """Answer one file by calling the parts one after another in this process."""
-    decoded = decode_file(clip, config.media, max_source_pixels=1 << 30)
+    decoded = decode_file(clip, config.media, DecodeConfig())
     backbone = load_backbone(model)
     compressor = VideoCompressor(
         backbone, build_selector(read_selector(model), backbone.width), drop_shares(0.25)

@@ -21,7 +21,13 @@ from omnisift.compressor import Clip, VideoCompressor
 from omnisift.mini.tiny import write_tiny_model
 from omnisift.training.curves import read_curves
 from omnisift.training.state import TrainingError, states
-from pipeline.config import CompressionConfig, MediaConfig, StorageConfig, TrainConfig
+from pipeline.config import (
+    CompressionConfig,
+    DecodeConfig,
+    MediaConfig,
+    StorageConfig,
+    TrainConfig,
+)
 from pipeline.decoder import decode_file
 from pipeline.errors import StartupError
 from pipeline.storage import Storage
@@ -99,7 +105,7 @@ def test_one_process_learns_and_leaves_a_checkpoint_that_answers(
     assert "data.jsonl#line 4: answer must be text, got None" in skipped[0]["message"]
     assert "truncated.mp4" in skipped[1]["message"]
 
-    decoded = decode_file(folder / "clips" / "carphone.mp4", MEDIA, max_source_pixels=1 << 30)
+    decoded = decode_file(folder / "clips" / "carphone.mp4", MEDIA, DecodeConfig())
     clip = Clip(
         torch.from_numpy(np.array(decoded.frames)), torch.from_numpy(decoded.audio), decoded.fps
     )

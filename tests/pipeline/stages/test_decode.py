@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pipeline import rows
+from pipeline.boundary import Roots
 from pipeline.config import DecodeConfig, MediaConfig, StorageConfig
 from pipeline.decoder import decode_file
 from pipeline.decoder_process import DecoderProcess
@@ -24,6 +25,7 @@ from pipeline.storage import ObjectInfo, StorageError
 from pipeline.testing import clips
 
 MEDIA = MediaConfig()
+ROOTS = Roots(("/",), None)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decode]:
     limits = DecodeConfig(temp_dir=str(tmp_path_factory.mktemp("temp")))
-    stage = Decode(MEDIA, limits, StorageConfig(attempts=1))
+    stage = Decode(MEDIA, limits, StorageConfig(attempts=1), ROOTS)
     yield stage
     stage.close()
 
@@ -44,7 +46,7 @@ def process() -> Iterator[DecoderProcess]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("AWS_SECRET_ACCESS_KEY", "do-not-tell")
         environment.setenv("SOME_TOKEN", "do-not-tell")
-        process = DecoderProcess(MEDIA, DecodeConfig(deadline_s=4))
+        process = DecoderProcess(MEDIA, DecodeConfig(deadline_s=4, probe_s=4))
         process.start()
         yield process
         process.close()
@@ -64,7 +66,7 @@ def test_rows_carry_what_decode_file_gives(stage: Decode, folder: Path) -> None:
     path = clips.render(folder, ["h264_sound.mp4"])["h264_sound.mp4"]
     (row,) = run(stage, identity(path))
 
-    expected = decode_file(path, MEDIA, max_source_pixels=1 << 30)
+    expected = decode_file(path, MEDIA, DecodeConfig())
     frames = np.frombuffer(row["frames"], dtype=np.uint8).reshape(row["frames_shape"])
     assert np.array_equal(frames, expected.frames)
     assert np.array_equal(np.frombuffer(row["audio"], dtype=np.float32), expected.audio)
@@ -109,7 +111,9 @@ def test_a_file_that_changed_since_the_listing_is_not_decoded(stage: Decode, fol
 
 
 def test_an_object_over_the_size_limit_is_not_fetched(folder: Path, tmp_path: Path) -> None:
-    stage = Decode(MEDIA, DecodeConfig(max_size_bytes=5, temp_dir=str(tmp_path)), StorageConfig())
+    stage = Decode(
+        MEDIA, DecodeConfig(max_size_bytes=5, temp_dir=str(tmp_path)), StorageConfig(), ROOTS
+    )
     (row,) = run(stage, identity(folder / "never-opened.mp4"))
     stage.close()
     assert row["error_type"] == "too_large"
@@ -157,9 +161,9 @@ def test_a_hang_costs_one_video(process: DecoderProcess, folder: Path, tmp_path:
     os.mkfifo(pipe)  # opening it waits for a writer: a decoder that hangs
     process.start()
     first = process.pid
-    with pytest.raises(DecodeError, match=r"decode\.deadline_s") as caught:
+    with pytest.raises(DecodeError, match=r"decode\.probe_s") as caught:
         process.decode(pipe)
-    assert caught.value.error_type == "decode_timeout"
+    assert caught.value.error_type == "probe_timeout"
     assert first is not None
     assert not Path(f"/proc/{first}").exists()
     assert process.decode(clips.render(folder, ["carphone.mp4"])["carphone.mp4"]).frames
@@ -241,9 +245,9 @@ def test_folders_of_killed_actors_are_swept_and_those_of_living_ones_are_not(
     left = Path(tempfile.mkdtemp(prefix="video-decode-", dir=tmp_path))  # nobody holds its lock
     (left / "video.mp4").write_bytes(b"half a download")
     limits = DecodeConfig(temp_dir=str(tmp_path))
-    first = Decode(MEDIA, limits, StorageConfig())
+    first = Decode(MEDIA, limits, StorageConfig(), ROOTS)
     assert not left.exists()
-    second = Decode(MEDIA, limits, StorageConfig())
+    second = Decode(MEDIA, limits, StorageConfig(), ROOTS)
     assert first._temp_dir.is_dir()
     assert second._temp_dir.is_dir()
     first.close()

@@ -1,0 +1,106 @@
+"""What is trained: the thinker, the selector, and heads that only training has."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnisift.audio_selection import AudioSelector
+from omnisift.backbone import inner
+from omnisift.mini import towers
+from omnisift.mini.lessons import Lessons
+from omnisift.mini.observe import observe
+from omnisift.mini.pictures import ScenePlan
+from omnisift.mini.sounds import SoundPlan
+from omnisift.mini.world import ACTIONS, COLOURS, NOISES, SHAPES
+
+_TOWERS = ("visual.", "audio_tower.")  # one module down since transformers 5.23
+
+
+class Student(nn.Module):
+    """The parts of a training run that have weights."""
+
+    def __init__(self, model: Any, selector: AudioSelector) -> None:
+        """Take an untrained thinker or one that has been trained before."""
+        super().__init__()
+        self.model, self.selector = model, selector
+        width = model.config.text_config.hidden_size
+        self.sound_head = nn.Linear(width, len(NOISES) + 1)
+        self.object_head = nn.Linear(width, 2)
+        self.look_heads = nn.ModuleList(
+            nn.Linear(width, size) for size in (len(COLOURS), len(SHAPES), len(ACTIONS) + 1)
+        )
+        self.cause_head = nn.Linear(width, len(COLOURS) + 1)
+
+    @property
+    def text(self) -> Any:
+        """Return the LLM's layers, wherever transformers keeps them."""
+        return getattr(self.model.model, "language_model", self.model.model)
+
+    def trained(self, stage: str) -> dict[str, nn.Parameter]:
+        """Return what a stage trains; the towers are frozen behind the first."""
+        heads = ("sound_head", "object_head", "look_heads", "cause_head")
+        tower_names = tuple(f"model.{place}{name}" for place in ("", "model.") for name in _TOWERS)
+        frozen = ("selector.",) if stage == "backbone" else (*tower_names, *heads)
+        chosen = {}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen) and "audio_bos_eos" not in name)
+            if parameter.requires_grad:
+                chosen[name] = parameter
+        return chosen
+
+
+class Exploring(nn.Module):
+    """A selector in training: its scores with noise, their gradient without its mean.
+
+    How many tokens a chunk keeps is fixed, so raising all scores alike changes nothing; but only
+    kept tokens have a gradient, nearly all of them would like to be larger, and most tokens are
+    silent: uncentred, the selector learns to keep what is frequent, loses the rare sounds, and
+    without noise never meets them again.
+    """
+
+    def __init__(self, selector: AudioSelector, noise: float) -> None:
+        """Wrap a selector; `noise` is the size of the Gumbel noise, 0: as published."""
+        super().__init__()
+        self.selector, self.noise = selector, noise
+
+    def forward(self, video_CVD: Tensor, video_valid_CV: Tensor, audio_CAD: Tensor) -> Tensor:
+        """Return the scores [C, A]."""
+        score: Tensor = self.selector(video_CVD, video_valid_CV, audio_CAD)
+        if not self.noise:
+            return score
+        mean = score.mean(1, keepdim=True)
+        gumbel = -torch.log(-torch.log(torch.rand_like(score).clamp(1e-6, 1 - 1e-6)))
+        return score - (mean - mean.detach()) + self.noise * gumbel
+
+
+def calibrate(student: Student, lessons: Lessons, device: torch.device) -> None:
+    """Scale the first layers so that what leaves them is centred and of size 1.
+
+    A log-mel spectrogram is nowhere near that: with plain initialisation sound is a tenth of the
+    position code it is added to, and the model never learns to use it.
+    """
+    few = Lessons(lessons.template, seed=lessons.seed, steps=1, grids=64)[0]
+    pictures = ScenePlan(*(value.to(device) for value in few.pictures))
+    sounds = SoundPlan(*(value.to(device) for value in few.sounds))
+    seen = observe(pictures, sounds, few.duration_s, rough=True)
+    student.to(device)
+    tower = inner(student.model).audio_tower
+    window = 2 * tower.n_window
+    x = seen.mel.unflatten(-1, (-1, window)).transpose(1, 2).flatten(0, 1)
+    with torch.no_grad():
+        for layer in (tower.conv1, tower.conv2):
+            out = layer(x)
+            mean, size = out.mean((0, 2)), out.std()
+            layer.weight /= size
+            layer.bias.copy_((layer.bias - mean) / size)
+            x = F.gelu(layer(x))
+        video = towers.encode_frames(student.model, seen.frames)
+        audio = towers.encode_mel(student.model, seen.mel)
+        size = student.model.get_input_embeddings().weight.std()
+        for last, tokens in (
+            (inner(student.model).visual.merger.mlp[-1], video),
+            (tower.proj, audio),
+        ):
+            last.weight *= size / tokens.std()
