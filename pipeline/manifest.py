@@ -211,6 +211,26 @@ def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] 
     """Return the columns of a line, or what is wrong with it."""
     if isinstance(record, str):
         return record
+    ask = _columns_of(record)
+    if isinstance(ask, str):
+        return ask
+    uri = ask["uri"]
+    if uri is None:
+        key = ask["video_key"]
+        if key is None:
+            return "it has no uri and no video_key"
+        return ask if _KEY.match(key) else "video_key is not 64 hex digits"
+    ask["video_key"] = None  # the uri says which object is meant, as it is now
+    if holds_secret(uri):
+        return "its uri holds credentials or is presigned; give them in the environment"
+    scheme = _SCHEME.match(uri)
+    if scheme and not uri.startswith((S3, "file://")):
+        return f"its uri starts with {scheme[0]}; s3:// and local paths are read"
+    ask["uri"] = plain(uri) if scheme else _relative(uri, folder)
+    return ask
+
+
+def _columns_of(record: Mapping[str, Any]) -> dict[str, str | None] | str:
     ask: dict[str, str | None] = {}
     for name in _COLUMNS:
         value = record.get(name)
@@ -225,19 +245,6 @@ def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] 
     if isinstance(choices, str):
         return choices
     ask["choices"] = json.dumps(choices) if choices else None
-    uri = ask["uri"]
-    if uri is None:
-        key = ask["video_key"]
-        if key is None:
-            return "it has no uri and no video_key"
-        return ask if _KEY.match(key) else "video_key is not 64 hex digits"
-    ask["video_key"] = None  # the uri says which object is meant, as it is now
-    if holds_secret(uri):
-        return "its uri holds credentials or is presigned; give them in the environment"
-    scheme = _SCHEME.match(uri)
-    if scheme and not uri.startswith((S3, "file://")):
-        return f"its uri starts with {scheme[0]}; s3:// and local paths are read"
-    ask["uri"] = plain(uri) if scheme else _relative(uri, folder)
     return ask
 
 
