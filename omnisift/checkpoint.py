@@ -92,7 +92,8 @@ def _quiet_transformers() -> Iterator[None]:
             settings.enable_progress_bar()
 
 
-def _thinker_config(folder: Path) -> Any:
+def thinker_config(folder: Path) -> Any:
+    """Return the thinker's transformers configuration of a checkpoint."""
     try:
         with _quiet_transformers():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -116,7 +117,7 @@ def load_backbone(
     the tensors' names where the files and the configuration do not fit each other.
     """
     device = torch.device(device)
-    config = _thinker_config(folder)
+    config = thinker_config(folder)
     if part == "towers":
         config.text_config.num_hidden_layers = 0
         config.text_config.layer_types = []

@@ -181,14 +181,25 @@ def read_answers(output: str, storage: Storage, *, committed_only: bool = True) 
     uris = [*files.committed, *(() if committed_only else files.orphans)]
     uris = [uri for uri in uris if is_answers(uri)]
     with ThreadPoolExecutor(_READERS) as pool:
-        tables = pool.map(lambda uri: read_columns(storage, uri, rows.ANSWERS.names), uris)
+        read = pool.map(lambda uri: read_columns(storage, uri, rows.ANSWERS.names), uris)
+        tables = map(rows.with_choices, read)
         table = pa.concat_tables([rows.ANSWERS.empty_table(), *tables])
     return seen_by_readers(table)
 
 
-def ask_key(video_key: str, prompt_id: str, prompt: str) -> bytes:
-    """Return the 32-byte key of a question: the same id with another text is another question."""
-    return hashlib.sha256(json.dumps([video_key, prompt_id, prompt]).encode()).digest()
+# A question as it is asked: video_key, prompt_id, prompt, choices where it has some.
+Ask = tuple[str, str, str] | tuple[str, str, str, Sequence[str] | None]
+
+
+def ask_key(
+    video_key: str, prompt_id: str, prompt: str, choices: Sequence[str] | None = None
+) -> bytes:
+    """Return the 32-byte key of a question.
+
+    The same id with another text, or with other choices, is another question.
+    """
+    parts: list[Any] = [video_key, prompt_id, prompt, *([list(choices)] if choices else [])]
+    return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -267,8 +278,8 @@ class AnswerIndex:
         """Return the number of questions that have been answered."""
         return len(self._answered)
 
-    def answered(self, asks: Sequence[tuple[str, str, str]]) -> npt.NDArray[np.bool_]:
-        """Say for each (video_key, prompt_id, prompt) whether it has been answered."""
+    def answered(self, asks: Sequence[Ask]) -> npt.NDArray[np.bool_]:
+        """Say for each question whether it has been answered."""
         digests = b"".join(ask_key(*ask) for ask in asks)
         found = self._answered.find(np.frombuffer(digests, key_index.KEY))
         return found >= 0
@@ -277,9 +288,11 @@ class AnswerIndex:
         """Return why a video is not tried again; None: it is."""
         return self._given_up.get(video_key)
 
-    def ask_given_up(self, video_key: str, prompt_id: str, prompt: str) -> bool:
+    def ask_given_up(
+        self, video_key: str, prompt_id: str, prompt: str, choices: Sequence[str] | None = None
+    ) -> bool:
         """Say whether a question already has the failure that it would get again."""
-        return ask_key(video_key, prompt_id, prompt) in self._asks_given_up
+        return ask_key(video_key, prompt_id, prompt, choices) in self._asks_given_up
 
     def attempts(self, video_keys: Sequence[str]) -> list[int]:
         """Return how often each video has been tried and has failed."""
@@ -320,13 +333,14 @@ def _is_readable(storage: Storage, uri: str) -> bool:
 
 def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:
     stored = [name for name in _SEEN.names if name in rows.ANSWERS.names]
-    columns = [*stored, "prompt", "fingerprint"]
+    columns = [*stored, "prompt", "choices", "fingerprint"]
     try:
-        table = read_columns(storage, uri, columns).select(columns)
+        table = rows.with_choices(read_columns(storage, uri, columns)).select(columns)
     except (*UNREADABLE, StorageError) as error:
         log.warning("answers file %s cannot be read, it is left out: %s", uri, error)
         return None
-    asked = (table.column(name).to_pylist() for name in ("video_key", "prompt_id", "prompt"))
+    names = ("video_key", "prompt_id", "prompt", "choices")
+    asked = (table.column(name).to_pylist() for name in names)
     asks = [ask_key(*ask) for ask in zip(*asked, strict=True)]
     own = pc.equal(table.column("fingerprint"), fingerprint)
     return pa.table(

@@ -185,7 +185,9 @@ def _copy(storage: Storage, batch: Sequence[_File], uri: str, schema: pa.Schema)
 
 def _read(storage: Storage, uri: str, columns: Sequence[str]) -> pa.Table:
     try:
-        return read_columns(storage, uri, columns).select(list(columns))
+        table = read_columns(storage, uri, columns)
+        table = rows.with_choices(table) if "choices" in columns else table
+        return table.select(list(columns))
     except UNREADABLE as error:
         raise StartupError(
             f"output: {uri} cannot be read ({error}), so nothing is dropped; jobs/verify.py names "

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.answers import AnswerIndex
+from pipeline.answers import AnswerIndex, Ask
 from pipeline.token_cache import CacheIndex
 
 
@@ -21,9 +21,9 @@ class CompressionIndex:
         self.ask_given_up = done.ask_given_up
         self.attempts = done.attempts
 
-    def answered(self, asks: Sequence[tuple[str, str, str]]) -> npt.NDArray[np.bool_]:
-        """Say for each (video_key, prompt_id, prompt) whether the video has its tokens."""
-        places = self._cached.locate([video_key for video_key, _, _ in asks])
+    def answered(self, asks: Sequence[Ask]) -> npt.NDArray[np.bool_]:
+        """Say for each question whether the video has its tokens."""
+        places = self._cached.locate([video_key for video_key, *_ in asks])
         return np.array([place is not None for place in places], np.bool_)
 
 

@@ -1,5 +1,6 @@
 """The configuration: frozen dataclasses are the schema, and refuse nonsense when made."""
 
+import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -200,6 +201,20 @@ class AnswerConfig:
         "the system turn before the video",
     )
     max_new_tokens: int = _key(128, "tokens an answer may have")
+    temperature: float = _key(0.0, "0: the likeliest token; above: sampled, the wilder the higher")
+    top_p: float = _key(1.0, "sample among the likeliest tokens of this total probability")
+    seed: int = _key(0, "seed of what is sampled; each question has its own stream")
+    stop: list[str] = _key([], "the answer ends in front of any of these texts")
+    json_schema: str = _key("", "JSON schema that the answer must follow; vllm alone can")
+    engine: str = _key("auto", "transformers, vllm or auto: vllm on GPUs where it is installed")
+    tensor_parallel_size: int = _key(1, "GPUs that share one model; vllm alone can")
+    gpu_memory_fraction: float = _key(
+        0.0, "share of a GPU's memory that vllm takes; 0: nine tenths of the actor's share"
+    )
+    context_tokens: int = _key(0, "tokens of a prompt and its answer; 0: the model's positions")
+    quantization: str = _key("", "how vllm computes the weights, such as fp8; empty: as they are")
+    kv_cache_dtype: str = _key("auto", "how vllm keeps keys and values, such as fp8")
+    calls: int = _key(16, "batches that a vllm actor works on at a time, so that it never drains")
     batch_videos: int = _key(4, "videos answered together")
     videos_per_file: int = _key(64, "videos whose answers are written in one file")
 
@@ -209,10 +224,43 @@ class AnswerConfig:
         _require(
             self.max_new_tokens >= 1, "answer.max_new_tokens", "at least 1", self.max_new_tokens
         )
+        _require(self.temperature >= 0, "answer.temperature", "0 or more", self.temperature)
+        _require(0 < self.top_p <= 1, "answer.top_p", "in (0, 1]", self.top_p)
+        _require(all(self.stop), "answer.stop", "texts that are not empty", self.stop)
+        _require(
+            self.engine in ("auto", "transformers", "vllm"),
+            "answer.engine",
+            "auto, transformers or vllm",
+            self.engine,
+        )
+        _require(
+            0 <= self.gpu_memory_fraction < 1,
+            "answer.gpu_memory_fraction",
+            "in [0, 1)",
+            self.gpu_memory_fraction,
+        )
+        _require(
+            self.context_tokens >= 0, "answer.context_tokens", "0 or more", self.context_tokens
+        )
+        _require(
+            _is_json_object(self.json_schema),
+            "answer.json_schema",
+            "a JSON object",
+            self.json_schema,
+        )
+        for name in ("tensor_parallel_size", "calls"):
+            _require(getattr(self, name) >= 1, f"answer.{name}", "at least 1", getattr(self, name))
         _require(self.batch_videos >= 1, "answer.batch_videos", "at least 1", self.batch_videos)
         _require(
             self.videos_per_file >= 1, "answer.videos_per_file", "at least 1", self.videos_per_file
         )
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return not text or isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -317,6 +365,13 @@ class CaptionConfig:
         _require(bool(self.source), "source", "a prefix or a manifest", self.source)
         _require(bool(self.output), "output", "a prefix to write to", self.output)
         _require(bool(self.model), "model", "a folder or a hub id", self.model)
+        shared = self.answer.tensor_parallel_size
+        _require(
+            shared == 1 or self.pools.answer_gpus == shared,
+            "pools.answer_gpus",
+            f"{shared}, as answer.tensor_parallel_size",
+            self.pools.answer_gpus,
+        )
 
     @property
     def cache_root(self) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from pipeline.config import AnswerConfig
@@ -56,8 +56,10 @@ def missing_key(uri: str) -> str:
     return _digest("missing", without_credentials(uri))
 
 
-def prompt_id(prompt: str) -> str:
+def prompt_id(prompt: str, choices: Sequence[str] | None = None) -> str:
     """Return the id of a prompt that the manifest does not name: 16 hex digits of its sha256."""
+    if choices:
+        return _digest(prompt, *choices)[:16]
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
@@ -76,13 +78,26 @@ def answer_fingerprint(cache_fingerprint: str, answer: AnswerConfig) -> str:
     """Return what ANSWERS.fingerprint holds: kept tokens and answer settings in one hash.
 
     `cache_fingerprint` covers model, revision and compression. The prompt is not in it, since an
-    answer is found by its own prompt; nor is batch_videos, which does not change a text.
+    answer is found by its own prompt; nor is batch_videos, which does not change a text, nor the
+    engine: both give the same answers but for rounding. The other settings are in it where they
+    are not the default, so that answers that were there before them still count.
     """
+    default = AnswerConfig()
+    special: dict[str, Ingredient] = {
+        name: getattr(answer, name)
+        for name in ("temperature", "top_p", "json_schema", "quantization", "kv_cache_dtype")
+        if getattr(answer, name) != getattr(default, name)
+    }
+    if answer.stop:
+        special["stop"] = json.dumps(answer.stop)
+    if answer.temperature:
+        special["seed"] = answer.seed
     return fingerprint(
         {
             "cache": cache_fingerprint,
             "system_prompt": answer.system_prompt,
             "max_new_tokens": answer.max_new_tokens,
+            **special,
         }
     )
 

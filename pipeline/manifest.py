@@ -29,6 +29,7 @@ ASKS = pa.schema(
         ("video_key", pa.large_string()),  # null where there is a uri
         ("prompt_id", pa.large_string()),  # null: the manifest names none
         ("prompt", pa.large_string()),  # null: the configured prompt
+        ("choices", pa.large_string()),  # a JSON list; null: the answer is free text
         ("line", pa.int64()),
     ]
 )
@@ -118,13 +119,15 @@ _Line = tuple[int, Mapping[str, Any] | str]
 def _parquet(file: Any) -> Iterator[_Line]:
     part = pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=False)
     schema = part.schema_arrow
-    names = [name for name in _COLUMNS if name in schema.names]
+    names = [name for name in (*_COLUMNS, "choices") if name in schema.names]
     if not _NAMES & set(names):
         found = ", ".join(schema.names)
         raise _UnusableError(f"it has no column uri or video_key, only {found}")
     for name in names:
         kind = schema.field(name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if name == "choices" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            kind = kind.value_type
         if not any(
             test(kind)
             for test in (
@@ -208,16 +211,9 @@ def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] 
     """Return the columns of a line, or what is wrong with it."""
     if isinstance(record, str):
         return record
-    ask: dict[str, str | None] = {}
-    for name in _COLUMNS:
-        value = record.get(name)
-        if value is not None and not isinstance(value, str):
-            return f"{name} is {type(value).__name__}, not a string"
-        if value is not None and not _is_text(value):
-            return f"{name} is not UTF-8"
-        if value is not None and len(value) > _MAX_CHARACTERS:
-            return f"{name} has {len(value)} characters, more than {_MAX_CHARACTERS}"
-        ask[name] = value if value and value.strip() else None
+    ask = _columns_of(record)
+    if isinstance(ask, str):
+        return ask
     uri = ask["uri"]
     if uri is None:
         key = ask["video_key"]
@@ -232,6 +228,48 @@ def _ask(record: Mapping[str, Any] | str, folder: str) -> dict[str, str | None] 
         return f"its uri starts with {scheme[0]}; s3:// and local paths are read"
     ask["uri"] = plain(uri) if scheme else _relative(uri, folder)
     return ask
+
+
+def _columns_of(record: Mapping[str, Any]) -> dict[str, str | None] | str:
+    ask: dict[str, str | None] = {}
+    for name in _COLUMNS:
+        value = record.get(name)
+        if value is not None and not isinstance(value, str):
+            return f"{name} is {type(value).__name__}, not a string"
+        if value is not None and not _is_text(value):
+            return f"{name} is not UTF-8"
+        if value is not None and len(value) > _MAX_CHARACTERS:
+            return f"{name} has {len(value)} characters, more than {_MAX_CHARACTERS}"
+        ask[name] = value if value and value.strip() else None
+    choices = _choices(record.get("choices"))
+    if isinstance(choices, str):
+        return choices
+    ask["choices"] = json.dumps(choices) if choices else None
+    return ask
+
+
+def _choices(value: Any) -> list[str] | str | None:
+    """Return the options of a line, None where there are none, or what is wrong with them.
+
+    They are a list of strings, or a string: a JSON list, or options between bars, `yes|no`.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            return f"choices is not a JSON list: {error}"
+    elif isinstance(value, str):
+        value = value.split("|")
+    if not isinstance(value, list) or not all(isinstance(option, str) for option in value):
+        return f"choices is {value!r:.60}, not a list of strings"
+    options = [option.strip() for option in value]
+    if not all(options) or not all(map(_is_text, options)):
+        return f"choices has an option that is empty or not UTF-8: {options!r:.80}"
+    if len(options) < 2 or len(set(options)) < len(options):
+        return f"choices must be at least two different options, got {options!r:.80}"
+    return options
 
 
 def _relative(path: str, folder: str) -> str:

@@ -73,7 +73,14 @@ def _kept(work: WorkList, run: Settings, pools: Pools, ledger: Any) -> Dataset:
 
 def _answered(kept: Dataset, run: Settings, pools: Pools, ledger: Any) -> Dataset:
     return kept.map_batches(
-        Guarded, **guard(Answer, run.answer, ledger, pools.answer, run.videos_per_batch)
+        Guarded,
+        **guard(
+            Answer,
+            run.answer,
+            ledger,
+            pools.answer.overlapping(run.answer_calls),
+            run.videos_per_batch,
+        ),
     )
 
 

@@ -22,14 +22,19 @@ class Pool:
     gpus: float = 0.0
     calls: int = 1  # of an actor at the same time, in threads
 
+    def overlapping(self, calls: int) -> "Pool":
+        """Return this pool with so many calls at a time in each actor."""
+        return replace(self, calls=calls)
+
     def of(self, batch_size: int) -> dict[str, Any]:
         """Return what `Dataset.map_batches` is told: this pool, `batch_size` rows a call."""
+        overlap: dict[str, Any] = {
+            "max_concurrent_calls_per_actor": self.calls,
+            "enable_true_multi_threading": True,
+            "max_tasks_in_flight_per_actor": self.calls + 2,  # the next ones travel ahead
+        }
         return {
-            "compute": ActorPoolStrategy(
-                size=self.actors,
-                max_concurrent_calls_per_actor=self.calls,
-                enable_true_multi_threading=self.calls > 1,
-            ),
+            "compute": ActorPoolStrategy(size=self.actors, **(overlap if self.calls > 1 else {})),
             "num_cpus": self.cpus,
             "num_gpus": self.gpus or None,
             "batch_size": batch_size,
@@ -86,6 +91,12 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
         if answers
         else Pool(0, 0.0)
     )
+    needed = sum(pool.actors * pool.gpus for pool in (compress, answer))
+    if needed > gpus:
+        raise StartupError(
+            f"pools: {gpus:g} GPUs are too few: compressing and answering take {needed:g}; "
+            "lower pools.compress_actors, pools.answer_actors or their GPUs"
+        )
     # zstd and sha256 take a core about as long as a GPU takes for the same tokens
     writers = compress.actors * compress.calls
     cache = Pool(config.cache_actors or writers, config.cache_cpus)
@@ -100,11 +111,5 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
             f"pools: {cpus:g} CPUs are too few: {decode.actors} decoding actors take "
             f"{decode.actors * decode.cpus:g}, the other actors {taken:g}, reading {_SPARE_CPUS:g};"
             " add nodes, or lower pools.decode_actors or a pools.*_cpus"
-        )
-    needed = sum(pool.actors * pool.gpus for pool in (compress, answer))
-    if needed > gpus:
-        raise StartupError(
-            f"pools: {gpus:g} GPUs are too few: compressing and answering take {needed:g}; "
-            "lower pools.compress_actors, pools.answer_actors or their GPUs"
         )
     return Pools(decode, compress, write_cache=cache, read_cache=cache, answer=answer, sink=sink)

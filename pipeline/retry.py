@@ -18,10 +18,19 @@ MAX_DEATHS = 2
 
 # By the next runs: the same bytes and settings fail the same way, so these are not tried until the
 # object or a setting changes.
-FINAL = frozenset({"decode_error", "no_video_stream", "not_a_video", "too_long", "truncated"})
+FINAL = frozenset(
+    {"bad_tokens", "decode_error", "no_video_stream", "not_a_video", "too_long", "truncated"}
+)
 # The video may be poison, or the machine was short of something: tried `retry.max_attempts` times.
 COSTLY = frozenset(
-    {"decode_crash", "decode_timeout", "out_of_memory", "probe_timeout", "worker_crash"}
+    {
+        "decode_crash",
+        "decode_timeout",
+        "engine_died",
+        "out_of_memory",
+        "probe_timeout",
+        "worker_crash",
+    }
 )
 # Everything else (storage, credentials, disks, limits of the configuration) every run tries.
 

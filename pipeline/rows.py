@@ -13,7 +13,10 @@ import pyarrow as pa
 
 _LARGE_BYTES = 1 << 20
 
-PROMPT = pa.struct([("prompt_id", pa.string()), ("prompt", pa.string())])
+# `choices`: the answer is the likeliest of these; null: it is free text.
+PROMPT = pa.struct(
+    [("prompt_id", pa.string()), ("prompt", pa.string()), ("choices", pa.list_(pa.string()))]
+)
 
 # source: which video, which questions. A row with an `error_type` has failed and is passed on
 # untouched by every later stage, so that rows out = rows in.
@@ -111,6 +114,7 @@ ANSWERS = pa.schema(
         ("uri", pa.string()),
         ("prompt_id", pa.string()),
         ("prompt", pa.string()),
+        ("choices", pa.list_(pa.string())),
         ("text", pa.string()),
         ("status", pa.string()),  # ok, failed; deleted: of the uri alone, hides what was before
         ("error_stage", pa.string()),
@@ -194,6 +198,18 @@ def _borrow(value: bytes | memoryview) -> pa.LargeBinaryArray:
     ends = pa.py_buffer(np.array([0, len(value)], np.int64))
     buffers = [None, ends, pa.py_buffer(value)]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
+
+
+def with_choices(answers: pa.Table) -> pa.Table:
+    """Return a table of rows.ANSWERS, also one written before there were `choices`: they are null.
+
+    The column stands where the schema has it, as far as the table goes.
+    """
+    if "choices" in answers.column_names:
+        return answers
+    place = answers.column_names.index("prompt") + 1
+    field = ANSWERS.field("choices")
+    return answers.add_column(place, field, pa.nulls(answers.num_rows, field.type))
 
 
 def failed(row: Mapping[str, Any], stage: str, error_type: str, message: str) -> dict[str, Any]:

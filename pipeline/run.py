@@ -84,7 +84,14 @@ def _run(
     warnings = _warn_of_selector(config, selector)
     start_ray()
     pools = size_pools(config.pools, answers=answers)
-    run = make_settings(config, folder, selector, uses_gpu=pools.uses_gpu, answers=answers)
+    run = make_settings(
+        config,
+        folder,
+        selector,
+        uses_gpu=pools.uses_gpu,
+        answer_gpus=pools.answer.gpus,
+        answers=answers,
+    )
     who = f"run {run.run_id}"
     with hold(run.storage, run.output, who, expiry_s=config.lease.expiry_s, say=say) as lease:
         token_cache.write_fingerprint(run.storage, run.cache_folder, run.ingredients)

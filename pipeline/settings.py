@@ -1,16 +1,20 @@
 """What each stage of a run is made with, derived once from the configuration."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 
 from omnisift.checkpoint import SelectorWeights, identity
 from omnisift.codec import CODECS, Codec
+from omnisift.engines.vllm_engine import VllmOptions
+from omnisift.prompts import Sampling
 from pipeline import keys
 from pipeline.boundary import roots_of
-from pipeline.config import CaptionConfig
+from pipeline.config import AnswerConfig, CaptionConfig
+from pipeline.errors import StartupError
 from pipeline.stages.answer import AnswerSettings
 from pipeline.stages.compress import CompressSettings
 from pipeline.storage import Storage, join
@@ -39,6 +43,7 @@ class Settings:
     videos_per_compression: int
     videos_per_cache_file: int
     videos_per_batch: int
+    answer_calls: int  # of an answering actor, at a time
     videos_per_answer_file: int
 
 
@@ -77,12 +82,65 @@ def cache_ingredients(
     }
 
 
+def choose_engine(answer: AnswerConfig, *, uses_gpu: bool) -> Literal["transformers", "vllm"]:
+    """Return the engine that answers; `auto` is vLLM on GPUs where it is installed.
+
+    Raises StartupError for what the engine cannot do.
+    """
+    installed = find_spec("vllm") is not None
+    if answer.engine == "vllm" and not installed:
+        raise StartupError(
+            "answer.engine=vllm: vLLM is not installed; pip install 'omnisift-pipeline[vllm]', or "
+            "use answer.engine=transformers"
+        )
+    if answer.engine == "vllm" or (answer.engine == "auto" and uses_gpu and installed):
+        return "vllm"
+    default = AnswerConfig()
+    for name in ("json_schema", "quantization", "kv_cache_dtype", "tensor_parallel_size"):
+        value = getattr(answer, name)
+        if value != getattr(default, name):
+            raise StartupError(
+                f"answer.{name}={value} needs answer.engine=vllm; this run answers with "
+                "transformers"
+            )
+    return "transformers"
+
+
+def _answer_settings(
+    config: CaptionConfig, *, uses_gpu: bool, answer_gpus: float
+) -> AnswerSettings:
+    answer = config.answer
+    return AnswerSettings(
+        engine=choose_engine(answer, uses_gpu=uses_gpu),
+        model=config.model,
+        revision=config.revision,
+        system_prompt=answer.system_prompt,
+        max_new_tokens=answer.max_new_tokens,
+        sampling=Sampling(
+            temperature=answer.temperature,
+            top_p=answer.top_p,
+            stop=tuple(answer.stop),
+            json_schema=answer.json_schema,
+        ),
+        seed=answer.seed,
+        vllm=VllmOptions(
+            gpu_memory_fraction=answer.gpu_memory_fraction or 0.9 * min(answer_gpus or 1.0, 1.0),
+            tensor_parallel_size=answer.tensor_parallel_size,
+            context_tokens=answer.context_tokens,
+            quantization=answer.quantization,
+            kv_cache_dtype=answer.kv_cache_dtype,
+        ),
+        device="cuda" if uses_gpu else "cpu",
+    )
+
+
 def make_settings(
     config: CaptionConfig,
     folder: Path,
     selector: SelectorWeights,
     *,
     uses_gpu: bool,
+    answer_gpus: float = 0.0,
     answers: bool = True,
 ) -> Settings:
     """Derive the settings of a new run; `folder` is the resolved checkpoint."""
@@ -107,13 +165,7 @@ def make_settings(
         codec=token_codec(config, uses_gpu=uses_gpu),
         device=device,
     )
-    answer = AnswerSettings(
-        model=config.model,
-        revision=config.revision,
-        system_prompt=config.answer.system_prompt,
-        max_new_tokens=config.answer.max_new_tokens,
-        device=device,
-    )
+    answer = _answer_settings(config, uses_gpu=uses_gpu, answer_gpus=answer_gpus)
     return Settings(
         run_id=run_id,
         storage=storage,
@@ -148,5 +200,6 @@ def make_settings(
         videos_per_compression=config.compression.batch_videos,
         videos_per_cache_file=config.cache.videos_per_file,
         videos_per_batch=config.answer.batch_videos,
+        answer_calls=config.answer.calls if answer.engine == "vllm" else 1,
         videos_per_answer_file=config.answer.videos_per_file,
     )

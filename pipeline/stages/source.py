@@ -1,6 +1,7 @@
 """From `config.source` to the work list: which videos this run decodes, reads, or fails."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import keys, rows
+from pipeline.answers import Ask
 from pipeline.boundary import BoundaryError, Roots, roots_of, shown
 from pipeline.compression_index import Done
 from pipeline.config import CaptionConfig
@@ -31,6 +33,8 @@ from pipeline.manifest import (
 )
 from pipeline.storage import S3, ObjectInfo, Storage, StorageError, join
 from pipeline.token_cache import HITS, CacheIndex
+
+Prompt = dict[str, Any]  # of rows.PROMPT
 
 _SCHEMAS = {"fresh": rows.IDENTITY, "cached": HITS, "failed": HITS}
 
@@ -70,7 +74,7 @@ class _Candidate:
     """A video the source names, before it is known to exist."""
 
     uri: str
-    prompts: list[dict[str, str]]
+    prompts: list[Prompt]
     info: ObjectInfo | None  # a listing tells it, a manifest does not
     video_key: str | None = None  # where the manifest named the video by it
 
@@ -118,9 +122,9 @@ def list_work(
     return WorkList(**files, counts=WorkCounts(**counts))
 
 
-def _default_prompt(config: CaptionConfig) -> dict[str, str]:
+def _default_prompt(config: CaptionConfig) -> Prompt:
     prompt = config.answer.prompt
-    return {"prompt_id": keys.prompt_id(prompt), "prompt": prompt}
+    return {"prompt_id": keys.prompt_id(prompt), "prompt": prompt, "choices": None}
 
 
 def _listed(
@@ -166,22 +170,27 @@ def _named(
         for line in batch.to_pylist()
     )
     for uri, asks in groupby(lines, key=lambda line: line["uri"]):
-        prompts: dict[str, str] = {}
+        prompts: dict[str, Prompt] = {}
         video_key = None
         for ask in asks:
             if own_prompts and ask["prompt"] is None:
                 broken.append(broken_line(config.source, ask["line"], "it has no prompt"))
                 continue
             video_key = video_key or ask["video_key"]
-            prompt = default["prompt"] if ask["prompt"] is None else ask["prompt"]
-            name = ask["prompt_id"] or keys.prompt_id(prompt)
+            text = default["prompt"] if ask["prompt"] is None else ask["prompt"]
+            choices = json.loads(ask["choices"]) if ask["choices"] else None
+            name = ask["prompt_id"] or keys.prompt_id(text, choices)
+            prompt: Prompt = {"prompt_id": name, "prompt": text, "choices": choices}
             if prompts.setdefault(name, prompt) != prompt:
-                message = f"prompt_id {name} already stands for another prompt of {uri}"
+                message = (
+                    f"prompt_id {name} already stands for another prompt, or other choices, of "
+                    f"{uri}"
+                )
                 broken.append(broken_line(config.source, ask["line"], message))
             else:
                 counts["duplicates"] += 1
         counts["duplicates"] -= len(prompts)
-        named = [{"prompt_id": name, "prompt": prompt} for name, prompt in prompts.items()]
+        named = list(prompts.values())
         if named:
             yield _Candidate(uri, named, infos.get(video_key or ""), video_key)
     if not manifest.asks.num_rows and not broken:
@@ -245,7 +254,7 @@ def _probe(
     root: str,
     hash_content: bool,
     roots: Roots,
-    default: dict[str, str],
+    default: Prompt,
 ) -> dict[str, Any]:
     if isinstance(candidate, BrokenLine):
         uri, message = candidate.uri, candidate.message
@@ -269,9 +278,7 @@ def _probe(
     }
 
 
-def _failed(
-    uri: str, prompts: list[dict[str, str]], error_type: str, message: str
-) -> dict[str, Any]:
+def _failed(uri: str, prompts: list[Prompt], error_type: str, message: str) -> dict[str, Any]:
     row = {"video_key": keys.missing_key(uri), "uri": uri, "prompts": prompts}
     return rows.failed(row, "source", error_type, message)
 
@@ -296,33 +303,29 @@ def _merged(videos: Iterable[dict[str, Any]], counts: Counter[str]) -> list[dict
             # The same name for two prompts: both stay, the later under the name of its text.
             name = prompt["prompt_id"]
             if known.get(name, prompt) != prompt:
-                name = keys.prompt_id(prompt["prompt"])
+                name = keys.prompt_id(prompt["prompt"], prompt["choices"])
             counts["duplicates"] += name in known
             known.setdefault(name, {**prompt, "prompt_id": name})
         merged[first["video_key"]] = {**first, "prompts": list(known.values())}
     return list(merged.values())
 
 
+def _ask_of(video: dict[str, Any], prompt: Prompt) -> Ask:
+    return video["video_key"], prompt["prompt_id"], prompt["prompt"], prompt["choices"]
+
+
 def _sorted_out(
     chunk: Sequence[dict[str, Any]], done: Done, cached: CacheIndex, counts: Counter[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the kind and the row of each video that has something left to be asked."""
-    asks = [
-        (video["video_key"], prompt["prompt_id"], prompt["prompt"])
-        for video in chunk
-        for prompt in video["prompts"]
-    ]
+    asks = [_ask_of(video, prompt) for video in chunk for prompt in video["prompts"]]
     answered = iter(done.answered(asks))
     video_keys = [video["video_key"] for video in chunk]
     places = cached.locate(video_keys)
     for video, place, attempts in zip(chunk, places, done.attempts(video_keys), strict=True):
         left = [prompt for prompt in video["prompts"] if not next(answered)]
         counts["prompts_answered"] += len(video["prompts"]) - len(left)
-        new = [
-            prompt
-            for prompt in left
-            if not done.ask_given_up(video["video_key"], prompt["prompt_id"], prompt["prompt"])
-        ]
+        new = [prompt for prompt in left if not done.ask_given_up(*_ask_of(video, prompt))]
         row = {**video, "prompts": new, "attempts": attempts + 1}
         failure = done.given_up(video["video_key"])
         if not new:

@@ -1,5 +1,6 @@
 """Answers against a plain greedy loop that recomputes the whole sequence for every token."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnisift.answer import Answerer, Prompt
+from omnisift.answer import Answerer, Prompt, _Chooser
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
 from omnisift.compress import drop_shares
 from omnisift.compressor import Clip, KeptTokens, TooLongError, VideoCompressor
 from omnisift.mini.tiny import write_tiny_model
+from omnisift.prompts import Sampling
 
 NEW_TOKENS = 12
 
@@ -178,3 +180,100 @@ def test_refuses_what_does_not_fit(answerer: Answerer, kept: list[KeptTokens]) -
     far = KeptTokens(**{**tokens.__dict__, "next_position": 32_760})
     with pytest.raises(TooLongError, match="was made for 32768"):
         answerer.ask(answerer.open(far), "?")
+
+
+CHOICES = (("yes", "no"), ("A", "AB", "a dog barks", "ein Hund"), ("7", "8", "9"))
+
+
+def _likelihood_by_hand(answerer: Answerer, prompt: Prompt, choice: str) -> float:
+    """Add up the log-probability of each token, one whole forward pass for each."""
+    embeds, positions = _whole(prompt)
+    total = 0.0
+    end = answerer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for token in [*answerer.tokenizer(choice).input_ids, end]:
+        with torch.no_grad():
+            logits = answerer.backbone.model(
+                inputs_embeds=embeds[None], position_ids=positions[:, None]
+            ).logits
+        total += float(logits[0, -1].log_softmax(-1)[token])
+        embeds = torch.cat([embeds, answerer.backbone.embed(torch.tensor([token]))])
+        positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
+    return total
+
+
+def test_a_choice_is_the_likeliest_alone_and_among_other_questions(
+    answerer: Answerer, kept: list[KeptTokens]
+) -> None:
+    contexts = [answerer.open(tokens) for tokens in kept]
+    prompts = [
+        answerer.ask(context, question, choices=choices)
+        for question, choices in zip(("Is it?", "What?", "How many?"), CHOICES, strict=True)
+        for context in contexts
+    ]
+    free = [answerer.ask(context, "What is seen?") for context in contexts]
+    mixed = answerer([prompts[0], free[0], *prompts[1:], *free[1:]])
+    given = [mixed[0], *mixed[2 : len(prompts) + 1]]
+    for prompt, answer in zip(prompts, given, strict=True):
+        scores = [_likelihood_by_hand(answerer, prompt, choice) for choice in prompt.choices]
+        best = prompt.choices[scores.index(max(scores))]
+        assert (answer.text, answer.finish_reason) == (best, "choice")
+        assert answer.num_output_tokens == len(answerer.tokenizer(best).input_ids)
+        assert answerer([prompt]) == [answer]
+    assert [mixed[1], *mixed[len(prompts) + 1 :]] == answerer(free)
+
+
+def _sampling(answerer: Answerer, **settings: object) -> Answerer:
+    return Answerer(
+        answerer.backbone,
+        answerer.tokenizer,
+        system_prompt="You see and hear.",
+        max_new_tokens=NEW_TOKENS,
+        sampling=Sampling(**settings),  # type: ignore[arg-type]
+    )
+
+
+def test_what_is_sampled_depends_on_the_seed_and_not_on_the_batch(
+    answerer: Answerer, kept: list[KeptTokens]
+) -> None:
+    wild = _sampling(answerer, temperature=5.0)
+    contexts = [wild.open(tokens) for tokens in kept]
+    prompts = [wild.ask(context, "What?", seed=seed) for context in contexts for seed in (1, 2)]
+    together = wild(prompts)
+    assert together == [answer for prompt in prompts for answer in wild([prompt])]
+    assert len({answer.text for answer in together}) == len(together)
+    assert together == wild(prompts)
+
+
+def test_a_small_top_p_or_temperature_is_greedy(answerer: Answerer, kept: list[KeptTokens]) -> None:
+    prompts = [answerer.ask(answerer.open(tokens), "What?", seed=3) for tokens in kept]
+    greedy = answerer(prompts)
+    assert _sampling(answerer, temperature=2.0, top_p=1e-6)(prompts) == greedy
+    assert _sampling(answerer, temperature=1e-4)(prompts) == greedy
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
+    chooser = _Chooser(Sampling(temperature=0.7, top_p=0.95), list(range(4000)), logits.device)
+    drawn = chooser(logits.expand(4000, -1)).bincount(minlength=5) / 4000
+    likely = [math.exp(float(value) / 0.7) for value in logits]
+    likely = [value / sum(likely) for value in likely]
+    nucleus: list[int] = []
+    for token in sorted(range(5), key=lambda token: -likely[token]):
+        if sum(likely[kept] for kept in nucleus) < 0.95:
+            nucleus.append(token)
+    total = sum(likely[token] for token in nucleus)
+    expected = [likely[token] / total if token in nucleus else 0.0 for token in range(5)]
+    assert 1 < len(nucleus) < 5
+    assert drawn.tolist() == pytest.approx(expected, abs=0.03)
+
+
+def test_generation_ends_in_front_of_a_stop_text(
+    answerer: Answerer, kept: list[KeptTokens]
+) -> None:
+    prompts = [answerer.ask(answerer.open(tokens), "What?") for tokens in kept]
+    whole = answerer(prompts)
+    stop = next(answer.text[3:5] for answer in whole if len(answer.text) > 6)
+    for free, stopped in zip(whole, _sampling(answerer, stop=(stop,))(prompts), strict=True):
+        assert stopped.text == free.text.split(stop)[0].strip()
+        assert stopped.finish_reason == ("stop" if stop in free.text else free.finish_reason)
+        assert stopped.num_output_tokens <= free.num_output_tokens

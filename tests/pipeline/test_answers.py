@@ -273,3 +273,27 @@ def test_a_broken_marker_is_said_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "run-1" / COMMITTED).write_text("{}")
     with pytest.raises(StartupError, match=r"output=.*run-1/_COMMITTED"):
         _index(tmp_path)
+
+
+def test_an_answer_among_other_choices_is_another_answer(tmp_path: Path) -> None:
+    answer = _answer("a", "p", "yes", choices=["yes", "no"])
+    _write(tmp_path, "run", [answer])
+    index = _index(tmp_path)
+    ask = (answer["video_key"], "p", answer["prompt"])
+    asks = [(*ask, ["yes", "no"]), (*ask, ["no", "yes"]), (*ask, ["yes", "no", "maybe"])]
+    assert index.answered(asks).tolist() == [True, False, False]
+    assert not _answered(index, "a", "p")  # as free text
+    failed = _failure("b", "p", choices=["yes", "no"])
+    _write(tmp_path, "run", [failed])
+    index = _index(tmp_path)
+    assert index.ask_given_up(failed["video_key"], "p", failed["prompt"], ["yes", "no"])
+    assert not index.ask_given_up(failed["video_key"], "p", failed["prompt"])
+
+
+def test_answers_written_before_there_were_choices_still_count(tmp_path: Path) -> None:
+    _write(tmp_path, "run", [_answer("a", "p", "old")])
+    [file] = (tmp_path / "run").glob("answers-*.parquet")
+    pq.write_table(pq.read_table(file).drop_columns(["choices"]), file)
+    assert _answered(_index(tmp_path), "a", "p")
+    _write(tmp_path, "later", [_answer("b", "p", "new", choices=["new", "old"])])
+    assert _texts(tmp_path, committed_only=False) == ["new", "old"]

@@ -125,6 +125,31 @@ def test_only_settings_that_change_a_text_change_the_answer_fingerprint() -> Non
         assert keys.answer_fingerprint("a", changed) != known
     assert keys.answer_fingerprint("b", base) != known
     assert keys.answer_fingerprint("a", replace(base, batch_videos=9, prompt="other")) == known
+    # nor does what one engine runs with, or the seed of nothing
+    same = replace(base, engine="transformers", calls=3, gpu_memory_fraction=0.5, seed=7)
+    assert keys.answer_fingerprint("a", same) == known
+
+
+def test_other_sampling_is_another_answer() -> None:
+    sampled = AnswerConfig(temperature=0.5)
+    variants = [
+        AnswerConfig(),
+        sampled,
+        replace(sampled, seed=1),
+        replace(sampled, top_p=0.9),
+        AnswerConfig(stop=["."]),
+        AnswerConfig(stop=[".", "!"]),
+        AnswerConfig(json_schema="{}"),
+        AnswerConfig(quantization="fp8"),
+        AnswerConfig(kv_cache_dtype="fp8"),
+    ]
+    assert len({keys.answer_fingerprint("a", variant) for variant in variants}) == len(variants)
+
+
+def test_the_same_prompt_with_choices_has_another_id() -> None:
+    ids = [keys.prompt_id("What?", choices) for choices in (None, ["a", "b"], ["b", "a"], ["ab"])]
+    assert len(set(ids)) == 4
+    assert keys.prompt_id("What?", []) == ids[0]
 
 
 def test_run_ids_are_different() -> None:

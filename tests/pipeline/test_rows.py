@@ -22,7 +22,14 @@ identity = st.fixed_dictionaries(
         "size_bytes": st.integers(0, 1 << 62),
         "etag": st.text(),
         "prompts": st.lists(
-            st.fixed_dictionaries({"prompt_id": st.text(), "prompt": st.text()}), max_size=3
+            st.fixed_dictionaries(
+                {
+                    "prompt_id": st.text(),
+                    "prompt": st.text(),
+                    "choices": st.none() | st.lists(st.text()),
+                }
+            ),
+            max_size=3,
         ),
         "attempts": st.integers(1, 9),
         "error_stage": st.none() | st.text(),

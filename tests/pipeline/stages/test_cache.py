@@ -34,7 +34,7 @@ def _identity(name: str) -> dict[str, Any]:
         "uri": f"s3://bucket/{name}",
         "size_bytes": 5,
         "etag": "e",
-        "prompts": [{"prompt_id": "p", "prompt": "What?"}],
+        "prompts": [{"prompt_id": "p", "prompt": "What?", "choices": ["a", "b"]}],
         "attempts": 1,
     }
 

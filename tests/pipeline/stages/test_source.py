@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 from collections import Counter
@@ -133,7 +134,7 @@ def test_a_prefix_is_listed_by_extension_whatever_its_case(corpus: Corpus) -> No
         "uri": str(corpus.videos / "b.MP4"),
         "size_bytes": 5,
         "etag": "",
-        "prompts": [{"prompt_id": keys.prompt_id(DEFAULT), "prompt": DEFAULT}],
+        "prompts": [{"prompt_id": keys.prompt_id(DEFAULT), "prompt": DEFAULT, "choices": None}],
         "attempts": 1,
         "error_stage": None,
         "error_type": None,
@@ -226,6 +227,79 @@ def test_prompts_of_a_video_are_grouped_in_every_format(corpus: Corpus, suffix: 
     assert {row["video_key"] for row in _rows(work.fresh)} == {
         corpus.key(name) for name in ("a.mp4", "b.mp4", "sub/ü ,c.mp4")
     }
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_choices_are_read_from_every_format(corpus: Corpus, suffix: str) -> None:
+    corpus.add("a.mp4")
+    given: dict[str, Any] = {"bars": "yes | no", "json": '["a|b", "c"]', "none": ""}
+    given["list"] = '["7", "8", "9"]' if suffix == "csv" else ["7", "8", "9"]
+    if suffix == "parquet":  # one type a column
+        given |= {"bars": ["yes", "no"], "json": ["a|b", "c"], "none": None}
+    lines = [
+        {"uri": "a.mp4", "prompt": "What?", "prompt_id": name, "choices": choices}
+        for name, choices in given.items()
+    ]
+    manifest = corpus.videos / f"m.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(lines), manifest)
+    elif suffix == "jsonl":
+        manifest.write_text("\n".join(json.dumps(line) for line in lines))
+    else:
+        with manifest.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+    work = corpus.work(str(manifest))
+    [row] = _rows(work.fresh)
+    assert {ask["prompt_id"]: ask["choices"] for ask in row["prompts"]} == {
+        "bars": ["yes", "no"],
+        "json": ["a|b", "c"],
+        "none": None,
+        "list": ["7", "8", "9"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ("yes", "at least two different"),
+        ("yes|yes ", "at least two different"),
+        ("yes||no", "empty"),
+        ('["yes", ', "not a JSON list"),
+        ("[1, 2]", "not a list of strings"),
+        (["yes", 7], "not a list of strings"),
+        ({"a": "b"}, "not a list of strings"),
+        (["a", "\ud800"], "not UTF-8"),
+    ],
+)
+def test_broken_choices_are_a_failed_row(corpus: Corpus, choices: object, message: str) -> None:
+    corpus.add("a.mp4")
+    manifest = corpus.videos / "m.jsonl"
+    manifest.write_text(json.dumps({"uri": "a.mp4", "prompt": "What?", "choices": choices}))
+    [failed] = _rows(corpus.work(str(manifest)).failed)
+    assert failed["error_type"] == "bad_manifest_row"
+    assert message in failed["error_message"]
+
+
+def test_a_prompt_id_stands_for_one_set_of_choices(corpus: Corpus) -> None:
+    corpus.add("a.mp4")
+    manifest = corpus.videos / "m.jsonl"
+    line = {"uri": "a.mp4", "prompt": "What?", "choices": "x|y"}
+    lines = [
+        {**line, "prompt_id": "q"},
+        {**line, "prompt_id": "q", "choices": "x|z"},
+        {**line, "choices": "x|y"},
+        {**line, "choices": "x|z"},
+        {**line, "choices": None},
+    ]
+    manifest.write_text("\n".join(json.dumps(each) for each in lines))
+    work = corpus.work(str(manifest))
+    [row] = _rows(work.fresh)
+    ids = [keys.prompt_id("What?", c) for c in (["x", "y"], ["x", "z"], None)]
+    assert [ask["prompt_id"] for ask in row["prompts"]] == ["q", *ids]
+    [failed] = _rows(work.failed)
+    assert "other choices" in failed["error_message"]
 
 
 def test_a_broken_line_of_json_is_a_failed_row_with_its_number(corpus: Corpus) -> None:
