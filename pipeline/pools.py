@@ -28,13 +28,14 @@ class Pool:
 
     def of(self, batch_size: int) -> dict[str, Any]:
         """Return what `Dataset.map_batches` is told: this pool, `batch_size` rows a call."""
-        overlap: dict[str, Any] = {
-            "max_concurrent_calls_per_actor": self.calls,
-            "enable_true_multi_threading": True,
-            "max_tasks_in_flight_per_actor": self.calls + 2,  # the next ones travel ahead
-        }
+        ahead = {"max_tasks_in_flight_per_actor": self.calls + 2} if self.calls > 1 else {}
         return {
-            "compute": ActorPoolStrategy(size=self.actors, **(overlap if self.calls > 1 else {})),
+            "compute": ActorPoolStrategy(
+                size=self.actors,
+                max_concurrent_calls_per_actor=self.calls,
+                enable_true_multi_threading=self.calls > 1,
+                **ahead,  # the next ones travel while these are computed
+            ),
             "num_cpus": self.cpus,
             "num_gpus": self.gpus or None,
             "batch_size": batch_size,
