@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from omnisift.mini.clips import write_clip
-from omnisift.mini.questions import caption, caption_match
+from omnisift.mini.questions import CAPTION_PROMPTS, caption, caption_match
 from omnisift.mini.shipped import FOLDER as MODEL
 from omnisift.mini.shipped import FRAME_PIXELS, HELD_OUT_SEED
 from omnisift.mini.world import draw_scene
@@ -88,6 +88,7 @@ def main() -> None:
             f"media.min_pixels={FRAME_PIXELS}",
             f"media.max_pixels={FRAME_PIXELS}",
             "answer.max_new_tokens=112",
+            f"answer.prompt={CAPTION_PROMPTS[0]}",
         )
         run(server, "caption_corpus.py", *caption)
         run(server, "show_answers.py", f"output={output}")
