@@ -67,7 +67,7 @@ def main() -> None:
         calibrate(student, lessons, device)
     else:
         untrained = {name: value.clone() for name, value in student.selector.state_dict().items()}
-        load_model(student, options.start / "student.safetensors", strict=False)
+        load_model(student, options.start / "student.safetensors")
         student.selector.load_state_dict(untrained)
     run_stage(
         student,
