@@ -30,7 +30,7 @@ from omnisift.compressor import KeptTokens
 from omnisift.engines.interface import AskedVideo, Question
 from omnisift.engines.vllm_engine import VllmEngine, VllmOptions
 from omnisift.measure.answer_parity import PROBE, measure_parity
-from omnisift.measure.random_checkpoint import random_kept, write_config, write_random_llm
+from omnisift.measure.random_checkpoint import random_kept, write_random_llm, write_without_weights
 from omnisift.measure.random_model import published_config
 from omnisift.mini.tiny import tiny_config
 from omnisift.prompts import Sampling
@@ -110,7 +110,7 @@ def measure_speed(sizes: Sizes, device: str) -> None:
         )
         start = time.perf_counter()
         vllm = VllmEngine(
-            write_config(Path(scratch), sizes.config),
+            write_without_weights(Path(scratch), sizes.config),
             system_prompt="You see and hear.",
             max_new_tokens=sizes.output_tokens,
             sampling=Sampling(),

@@ -1,18 +1,16 @@
 """Checkpoints of random weights: what two engines make of them can be compared at any size."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from omnisift.checkpoint import published_name
 from omnisift.compressor import KeptTokens
 from omnisift.layout import Modality, ModelLayout, place_block
-from omnisift.mini.tiny import tiny_config, write_tiny_model
+from omnisift.mini.files import write_config, write_model
+from omnisift.mini.tiny import byte_tokenizer, tiny_config
 
 
 def write_random_llm(
@@ -30,7 +28,6 @@ def write_random_llm(
     half = width // heads // 2  # the published model splits its 64 as 16, 24, 24
     text.rope_parameters["mrope_section"] = [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]
     config.vision_config.out_hidden_size = config.audio_config.output_dim = width
-    write_config(folder, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = Qwen2_5OmniThinkerForConditionalGeneration(config)
@@ -40,28 +37,15 @@ def write_random_llm(
             else:
                 wide = 1.0 if "embed_tokens" in name else 1.5 * parameter.shape[-1] ** -0.5
                 parameter.data.normal_(0.0, wide)
-    save_file(
-        {
-            published_name(name): value.to(torch.bfloat16).contiguous()
-            for name, value in model.state_dict().items()
-        },
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    write_model(folder, model)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-def write_config(folder: Path, config: Any) -> Path:
+def write_without_weights(folder: Path, config: Any) -> Path:
     """Write the configuration of a thinker and a byte-level tokenizer, and no weights."""
-    write_tiny_model(folder)
-    (folder / "model.safetensors").unlink()
-    full = {
-        "model_type": "qwen2_5_omni",
-        "architectures": ["Qwen2_5OmniModel"],
-        "enable_audio_output": False,
-        "thinker_config": config.to_dict(),
-    }
-    (folder / "config.json").write_text(json.dumps(full, indent=2))
+    write_config(folder, config)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -1,14 +1,12 @@
 """Random weights in the sizes of Qwen2.5-Omni-7B: time does not depend on what they are."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from omnisift.checkpoint import published_name
+from omnisift.mini.files import write_model
 
 
 def published_config() -> Qwen2_5OmniThinkerConfig:
@@ -62,17 +60,4 @@ def write_random_checkpoint(folder: Path, config: Any) -> Path:
     """Write a checkpoint of these sizes without LLM layers: what compression loads; return it."""
     folder.mkdir(parents=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = random_model(config, device, llm_layers=0)
-    weights = {
-        published_name(name): value.to("cpu", torch.bfloat16).contiguous()
-        for name, value in model.state_dict().items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    full = {
-        "model_type": "qwen2_5_omni",
-        "architectures": ["Qwen2_5OmniModel"],
-        "enable_audio_output": False,
-        "thinker_config": config.to_dict(),
-    }
-    (folder / "config.json").write_text(json.dumps(full, indent=2))
-    return folder
+    return write_model(folder, random_model(config, device, llm_layers=0))

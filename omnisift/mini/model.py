@@ -1,14 +1,12 @@
 """The small omni-model: Qwen2.5-Omni's architecture, classes and files at 10 M parameters."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     PreTrainedTokenizerBase,
     Qwen2_5OmniThinkerConfig,
@@ -16,7 +14,7 @@ from transformers import (
 )
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.checkpoint import SELECTOR_PREFIX, published_name
+from omnisift.mini.files import thinker_config, write_model
 from omnisift.mini.questions import CAPTION_PROMPTS, caption, draw_questions
 from omnisift.mini.tiny import byte_tokenizer
 from omnisift.mini.world import draw_scene
@@ -58,8 +56,7 @@ def mini_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5OmniThinkerConfig:
     audio windows of 0.2 s. A small tower that sees everything writes the event into every token,
     and then no method has anything to choose.
     """
-    ids = tokenizer.get_vocab()
-    config = Qwen2_5OmniThinkerConfig.from_dict(
+    return thinker_config(
         {
             "audio_config": {
                 "d_model": 192,
@@ -93,17 +90,9 @@ def mini_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5OmniThinkerConfig:
                     "mrope_section": [12, 10, 10],
                 },
             },
-            "audio_token_index": ids["<|AUDIO|>"],
-            "image_token_index": ids["<|IMAGE|>"],
-            "video_token_index": ids["<|VIDEO|>"],
-            "audio_start_token_id": ids["<|audio_bos|>"],
-            "audio_end_token_id": ids["<|audio_eos|>"],
-            "vision_start_token_id": ids["<|vision_bos|>"],
-            "vision_end_token_id": ids["<|vision_eos|>"],
-        }
+        },
+        tokenizer.get_vocab(),
     )
-    assert isinstance(config, Qwen2_5OmniThinkerConfig)
-    return config
 
 
 def new_model(config: Qwen2_5OmniThinkerConfig, *, seed: int) -> Any:
@@ -134,24 +123,6 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Path:
     """Write config.json, bfloat16 model.safetensors and the tokenizer to `folder`; return it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights: dict[str, Tensor] = {
-        published_name(name): value for name, value in model.state_dict().items()
-    }
-    if selector is not None:
-        state = selector.state_dict()
-        weights |= {SELECTOR_PREFIX + name: value for name, value in state.items()}
-    save_file(
-        {name: value.cpu().to(torch.bfloat16).contiguous() for name, value in weights.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    full = {
-        "model_type": "qwen2_5_omni",
-        "architectures": ["Qwen2_5OmniModel"],
-        "enable_audio_output": False,
-        "thinker_config": model.config.to_dict(),
-    }
-    (folder / "config.json").write_text(json.dumps(full, indent=2))
+    write_model(folder, model, selector)
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,13 +1,11 @@
-"""A tiny model with random weights in the published file formats, for the demo and the tests.
+"""A tiny model with random weights in the published file formats, for tests and quick benchmarks.
 
 It exercises every line that the published model does; what it says is gibberish.
 """
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Qwen2_5OmniThinkerConfig,
@@ -16,28 +14,14 @@ from transformers import (
 )
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.checkpoint import SELECTOR_PREFIX, published_name
+from omnisift.mini.files import SPECIAL_TOKENS, thinker_config, write_model
 
-_SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|AUDIO|>",
-    "<|audio_bos|>",
-    "<|audio_eos|>",
-    "<|vision_bos|>",
-    "<|vision_eos|>",
-    "<|vision_pad|>",
-    "<|IMAGE|>",
-    "<|VIDEO|>",
-)
 _WIDTH = 64
 
 
 def tiny_config() -> Qwen2_5OmniThinkerConfig:
     """Return the thinker's configuration: every kind of layer of the published one, twice."""
-    ids = {name: 256 + index for index, name in enumerate(_SPECIAL_TOKENS)}
-    config = Qwen2_5OmniThinkerConfig.from_dict(
+    return thinker_config(
         {
             "audio_config": {
                 "d_model": 48,
@@ -55,7 +39,7 @@ def tiny_config() -> Qwen2_5OmniThinkerConfig:
                 "fullatt_block_indexes": [1],
             },
             "text_config": {
-                "vocab_size": 256 + len(_SPECIAL_TOKENS),
+                "vocab_size": 256 + len(SPECIAL_TOKENS),
                 "hidden_size": _WIDTH,
                 "intermediate_size": 128,
                 "num_hidden_layers": 2,
@@ -67,17 +51,9 @@ def tiny_config() -> Qwen2_5OmniThinkerConfig:
                     "mrope_section": [2, 3, 3],
                 },
             },
-            "audio_token_index": ids["<|AUDIO|>"],
-            "image_token_index": ids["<|IMAGE|>"],
-            "video_token_index": ids["<|VIDEO|>"],
-            "audio_start_token_id": ids["<|audio_bos|>"],
-            "audio_end_token_id": ids["<|audio_eos|>"],
-            "vision_start_token_id": ids["<|vision_bos|>"],
-            "vision_end_token_id": ids["<|vision_eos|>"],
-        }
+        },
+        {name: 256 + index for index, name in enumerate(SPECIAL_TOKENS)},
     )
-    assert isinstance(config, Qwen2_5OmniThinkerConfig)
-    return config
 
 
 def write_tiny_model(folder: Path, *, seed: int = 0, selector: bool = False) -> Path:
@@ -86,27 +62,11 @@ def write_tiny_model(folder: Path, *, seed: int = 0, selector: bool = False) -> 
     `selector` adds random selector weights under their published names, so that the model
     counts as having a selector.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    config = tiny_config()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5OmniThinkerForConditionalGeneration(config)
-        weights = {published_name(name): value for name, value in model.state_dict().items()}
-        if selector:
-            state = AudioSelector(_WIDTH, hidden=32).state_dict()
-            weights |= {SELECTOR_PREFIX + name: value for name, value in state.items()}
-    save_file(
-        {name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    full = {
-        "model_type": "qwen2_5_omni",
-        "architectures": ["Qwen2_5OmniModel"],
-        "enable_audio_output": False,
-        "thinker_config": config.to_dict(),
-    }
-    (folder / "config.json").write_text(json.dumps(full, indent=2))
+        model = Qwen2_5OmniThinkerForConditionalGeneration(tiny_config())
+        chosen = AudioSelector(_WIDTH, hidden=32) if selector else None
+    write_model(folder, model, chosen)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
@@ -115,8 +75,8 @@ def byte_tokenizer() -> Qwen2Tokenizer:
     """Return a tokenizer of bytes and the special tokens of Omni."""
     alphabet = sorted(ByteLevel.alphabet())
     return Qwen2Tokenizer(
-        vocab={symbol: index for index, symbol in enumerate(alphabet + list(_SPECIAL_TOKENS))},
+        vocab={symbol: index for index, symbol in enumerate(alphabet + list(SPECIAL_TOKENS))},
         merges=[],
-        additional_special_tokens=list(_SPECIAL_TOKENS),
+        additional_special_tokens=list(SPECIAL_TOKENS),
         model_max_length=32768,
     )
