@@ -9,7 +9,7 @@ from safetensors.torch import load_model, save_model
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.methods import METHODS
-from omnisift.mini.lessons import Lessons, Template
+from omnisift.mini.lessons import Lessons
 from omnisift.mini.model import (
     SELECTOR_HIDDEN,
     WIDTH,
@@ -20,6 +20,7 @@ from omnisift.mini.model import (
 )
 from omnisift.mini.student import Student, calibrate
 from omnisift.mini.train import Recipe, run_stage
+from omnisift.prompts import PromptText
 from omnisift.training.loop import Schedule
 from pipeline.config import AnswerConfig
 
@@ -54,7 +55,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = train_tokenizer(AnswerConfig().system_prompt)
     lessons = Lessons(
-        Template(tokenizer, AnswerConfig().system_prompt),
+        PromptText(tokenizer, AnswerConfig().system_prompt),
         # Scenes of its own for every stage and seed; 1 to 9 are kept for the held-out ones.
         seed=10 + 2 * options.seed + (options.stage == "compressed"),
         steps=options.steps,
@@ -78,7 +79,6 @@ def main() -> None:
                 steps=options.steps, learning_rate=options.rate, weight_decay=0.05, beta2=0.98
             ),
             seed=options.seed,
-            grids=options.grids,
             method=options.method,
             retain=tuple(options.retain),
             consistency=options.consistency,

@@ -5,7 +5,7 @@ The same products as transformers' modules, in fewer kernels.
 Shapes: B sequences, L tokens, D width, H heads, d width of a head.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return split.transpose(1, 2)
 
 
-class TextLayer(NamedTuple):
-    """The weights of a layer of the LLM."""
+class GatedLayer(NamedTuple):
+    """The weights of a layer of the LLM, or of a block of the vision tower."""
 
     norm1: Tensor
     q: Linear
@@ -52,25 +52,36 @@ class TextLayer(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, layer: Any) -> "TextLayer":
-        """Take them from transformers' module."""
-        attn, mlp = layer.self_attn, layer.mlp
-        return cls(
-            norm1=layer.input_layernorm.weight,
-            q=linear(attn.q_proj),
-            k=linear(attn.k_proj),
-            v=linear(attn.v_proj),
-            out=linear(attn.o_proj),
-            norm2=layer.post_attention_layernorm.weight,
-            gate=linear(mlp.gate_proj),
-            up=linear(mlp.up_proj),
-            down=linear(mlp.down_proj),
-            eps=layer.input_layernorm.variance_epsilon,
-        )
+    def of(cls, norm1: Any, attention: tuple[Any, Any, Any, Any], norm2: Any, mlp: Any) -> Self:
+        """Take them from transformers' modules; `attention` is q, k, v, out."""
+        q, k, v, out = (linear(part) for part in attention)
+        gate, up, down = (linear(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        weights = norm1.weight, q, k, v, out, norm2.weight, gate, up, down
+        return cls(*weights, eps=norm1.variance_epsilon)
+
+    @classmethod
+    def of_text(cls, layer: Any) -> Self:
+        """Take those of a layer of the LLM."""
+        attn = layer.self_attn
+        attention = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
+        return cls.of(layer.input_layernorm, attention, layer.post_attention_layernorm, layer.mlp)
+
+    @classmethod
+    def of_vision(cls, block: Any) -> Self:
+        """Take those of a block of the vision tower."""
+        attn = block.attn
+        return cls.of(block.norm1, (attn.q, attn.k, attn.v, attn.proj), block.norm2, block.mlp)
+
+    def finish(self, x: Tensor, attended_BHLd: Tensor) -> Tensor:
+        """Return x [B, L, D] with what attention found added, and the gated MLP behind it."""
+        x = x + F.linear(attended_BHLd.transpose(1, 2).flatten(2), *self.out)
+        h = rms_norm(x, self.norm2, self.eps)
+        gated = F.silu(F.linear(h, *self.gate)) * F.linear(h, *self.up)
+        return x + F.linear(gated, *self.down)
 
 
 def text_layer(
-    w: TextLayer, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_keys: int
+    w: GatedLayer, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_keys: int
 ) -> Tensor:
     """Run a layer of the LLM on [B, L, D]; `mask` bool [1, 1, L, L], cos and sin [B, 1, L, d]."""
     h = rms_norm(x, w.norm1, w.eps)
@@ -84,6 +95,4 @@ def text_layer(
         value.repeat_interleave(shared, dim=1),
         attn_mask=mask,
     )
-    x = x + F.linear(attended.transpose(1, 2).flatten(2), *w.out)
-    h = rms_norm(x, w.norm2, w.eps)
-    return x + F.linear(F.silu(F.linear(h, *w.gate)) * F.linear(h, *w.up), *w.down)
+    return w.finish(x, attended)

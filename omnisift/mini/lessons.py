@@ -8,20 +8,19 @@ Shapes: B scenes, Q questions, S tokens of all slots.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from omnisift.mini.pictures import ScenePlan, plan_pictures
 from omnisift.mini.questions import CAPTION_PROMPTS, KINDS, Question, caption, draw_questions
 from omnisift.mini.sounds import SoundPlan, plan_sounds
 from omnisift.mini.world import Scene, draw_scene
+from omnisift.prompts import PromptText
 
 IGNORED = -100
 # Lengths a batch may have, and how often: long clips cost memory for little more to learn.
@@ -29,7 +28,7 @@ _LENGTHS = {6: 0.25, 8: 0.3, 10: 0.2, 12: 0.15, 16: 0.06, 20: 0.04}
 
 
 class Lesson(NamedTuple):
-    """A batch on the host."""
+    """A batch."""
 
     duration_s: int
     pictures: ScenePlan
@@ -40,40 +39,11 @@ class Lesson(NamedTuple):
     sound_event: Tensor  # [B, sounds] index of the event it belongs to, -1 for none
     keys: list[str]  # the scenes' names, which seed what a method leaves to chance
 
-
-@dataclass(frozen=True)
-class Template:
-    """The pieces of `Answerer`'s prompt as ids."""
-
-    tokenizer: PreTrainedTokenizerBase
-    system_prompt: str
-
-    @cached_property
-    def _ids(self) -> dict[str, int]:
-        return dict(self.tokenizer.get_vocab())
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True
-        ).input_ids
-        return ids
-
-    @cached_property
-    def prefix(self) -> list[int]:
-        """Return what stands before the block."""
-        start, end = self._ids["<|im_start|>"], self._ids["<|im_end|>"]
-        system = [start, *self._encode(f"system\n{self.system_prompt}"), end, *self._encode("\n")]
-        return [*system, start, *self._encode("user\n")]
-
-    def turn(self, question: str, answer: str) -> tuple[list[int], int]:
-        """Return a question and its answer, and how many of the tokens ask."""
-        start, end = self._ids["<|im_start|>"], self._ids["<|im_end|>"]
-        asked = [
-            *self._encode(question),
-            *(end, *self._encode("\n"), start),
-            *self._encode("assistant\n"),
-        ]
-        return [*asked, *self._encode(answer), end], len(asked)
+    def plans(self, device: torch.device) -> tuple[ScenePlan, SoundPlan]:
+        """Return what is drawn and what is heard, on a device."""
+        pictures = (value.to(device, non_blocking=True) for value in self.pictures)
+        sounds = (value.to(device, non_blocking=True) for value in self.sounds)
+        return ScenePlan(*pictures), SoundPlan(*sounds)
 
 
 class Slots(NamedTuple):
@@ -93,12 +63,12 @@ class Lessons(Dataset[Lesson]):
     """Lesson number i of a seed: the same scenes and questions whenever it is asked for."""
 
     def __init__(
-        self, template: Template, *, seed: int, steps: int, grids: int, slots: Slots | None = None
+        self, text: PromptText, *, seed: int, steps: int, grids: int, slots: Slots | None = None
     ) -> None:
         """Take about `grids` seconds of video a lesson; `steps` lessons."""
-        self.template, self.seed, self.steps, self.grids = template, seed, steps, grids
+        self.text, self.seed, self.steps, self.grids = text, seed, steps, grids
         self.slots = slots or Slots()
-        self._turn = lru_cache(maxsize=50_000)(template.turn)
+        self._turn = lru_cache(maxsize=50_000)(self._encode_turn)
 
     def __len__(self) -> int:
         """Return the number of lessons."""
@@ -111,7 +81,12 @@ class Lessons(Dataset[Lesson]):
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Take a copy in another process."""
         self.__dict__.update(state)
-        self._turn = lru_cache(maxsize=50_000)(self.template.turn)
+        self._turn = lru_cache(maxsize=50_000)(self._encode_turn)
+
+    def _encode_turn(self, question: str, answer: str) -> tuple[list[int], int]:
+        """Return a question and its answer, and how many of the tokens ask."""
+        asked = self.text.after_video(question)
+        return [*asked, *self.text.choice(answer)], len(asked)
 
     def __getitem__(self, step: int) -> Lesson:
         """Draw lesson number `step`."""

@@ -4,15 +4,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import inner
 from omnisift.mini import towers
 from omnisift.mini.lessons import Lessons
 from omnisift.mini.observe import observe
-from omnisift.mini.pictures import ScenePlan
-from omnisift.mini.sounds import SoundPlan
 from omnisift.mini.world import ACTIONS, COLOURS, NOISES, SHAPES
 
 _TOWERS = ("visual.", "audio_tower.")  # one module down since transformers 5.23
@@ -51,39 +49,14 @@ class Student(nn.Module):
         return chosen
 
 
-class Exploring(nn.Module):
-    """A selector in training: its scores with noise, their gradient without its mean.
-
-    How many tokens a chunk keeps is fixed, so raising all scores alike changes nothing; but only
-    kept tokens have a gradient, nearly all of them would like to be larger, and most tokens are
-    silent: uncentred, the selector learns to keep what is frequent, loses the rare sounds, and
-    without noise never meets them again.
-    """
-
-    def __init__(self, selector: AudioSelector, noise: float) -> None:
-        """Wrap a selector; `noise` is the size of the Gumbel noise, 0: as published."""
-        super().__init__()
-        self.selector, self.noise = selector, noise
-
-    def forward(self, video_CVD: Tensor, video_valid_CV: Tensor, audio_CAD: Tensor) -> Tensor:
-        """Return the scores [C, A]."""
-        score: Tensor = self.selector(video_CVD, video_valid_CV, audio_CAD)
-        if not self.noise:
-            return score
-        mean = score.mean(1, keepdim=True)
-        gumbel = -torch.log(-torch.log(torch.rand_like(score).clamp(1e-6, 1 - 1e-6)))
-        return score - (mean - mean.detach()) + self.noise * gumbel
-
-
 def calibrate(student: Student, lessons: Lessons, device: torch.device) -> None:
     """Scale the first layers so that what leaves them is centred and of size 1.
 
     A log-mel spectrogram is nowhere near that: with plain initialisation sound is a tenth of the
     position code it is added to, and the model never learns to use it.
     """
-    few = Lessons(lessons.template, seed=lessons.seed, steps=1, grids=64)[0]
-    pictures = ScenePlan(*(value.to(device) for value in few.pictures))
-    sounds = SoundPlan(*(value.to(device) for value in few.sounds))
+    few = Lessons(lessons.text, seed=lessons.seed, steps=1, grids=64)[0]
+    pictures, sounds = few.plans(device)
     seen = observe(pictures, sounds, few.duration_s, rough=True)
     student.to(device)
     tower = inner(student.model).audio_tower

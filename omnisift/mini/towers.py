@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omnisift.backbone import inner
 from omnisift.media import FACTOR, MERGE, PATCH, TEMPORAL_PATCH, normalise
-from omnisift.mini.layers import Linear, linear, rms_norm, rotate, split_heads
+from omnisift.mini.layers import GatedLayer, Linear, linear, rms_norm, rotate, split_heads
 
 _WINDOW = 2  # tokens of a window's side
 
@@ -52,47 +52,15 @@ def _rotation(visual: Any, rows: int, columns: int, device: torch.device) -> tup
     return angle.cos(), angle.sin()
 
 
-class VisionBlock(NamedTuple):
-    """The weights of a block of the vision tower."""
-
-    norm1: Tensor
-    q: Linear
-    k: Linear
-    v: Linear
-    out: Linear
-    norm2: Tensor
-    gate: Linear
-    up: Linear
-    down: Linear
-
-    @classmethod
-    def of(cls, block: Any) -> "VisionBlock":
-        """Take them from transformers' module."""
-        attn, mlp = block.attn, block.mlp
-        return cls(
-            norm1=block.norm1.weight,
-            q=linear(attn.q),
-            k=linear(attn.k),
-            v=linear(attn.v),
-            out=linear(attn.proj),
-            norm2=block.norm2.weight,
-            gate=linear(mlp.gate_proj),
-            up=linear(mlp.up_proj),
-            down=linear(mlp.down_proj),
-        )
-
-
-def vision_block(w: VisionBlock, x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+def vision_block(w: GatedLayer, x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """Run a block of the vision tower on windows [N, 16, D]."""
-    h = rms_norm(x, w.norm1)
+    h = rms_norm(x, w.norm1, w.eps)
     query, key = (
         rotate(split_heads(F.linear(h, *w_qk), num_heads), cos, sin) for w_qk in (w.q, w.k)
     )
     value = split_heads(F.linear(h, *w.v), num_heads)
     attended = F.scaled_dot_product_attention(query, key, value)
-    x = x + F.linear(attended.transpose(1, 2).flatten(2), *w.out)
-    h = rms_norm(x, w.norm2)
-    return x + F.linear(F.silu(F.linear(h, *w.gate)) * F.linear(h, *w.up), *w.down)
+    return w.finish(x, attended)
 
 
 def encode_frames(model: Any, frames: Tensor) -> Tensor:
@@ -106,7 +74,7 @@ def encode_frames(model: Any, frames: Tensor) -> Tensor:
     repeats = x.shape[0] // (rows * columns)
     cos, sin = cos.repeat(repeats, 1, 1, 1).to(x.dtype), sin.repeat(repeats, 1, 1, 1).to(x.dtype)
     for block in visual.blocks:
-        x = vision_block(VisionBlock.of(block), x, cos, sin, block.attn.num_heads)
+        x = vision_block(GatedLayer.of_vision(block), x, cos, sin, block.attn.num_heads)
     merged: Tensor = visual.merger(x.reshape(-1, x.shape[-1]))
     grids = num_frames // TEMPORAL_PATCH
     tokens = merged.view(batch, grids, rows, columns, _WINDOW, _WINDOW, -1)

@@ -23,14 +23,15 @@ from omnisift.layout import Block, Modality, ModelLayout, place_block
 from omnisift.media import FACTOR
 from omnisift.methods import DECIDERS, compress_with
 from omnisift.mini import towers
-from omnisift.mini.layers import TextLayer, rms_norm, text_layer
+from omnisift.mini.layers import GatedLayer, rms_norm, text_layer
 from omnisift.mini.lessons import IGNORED, Lesson, Lessons, Slots
 from omnisift.mini.observe import FPS, Seen, observe
 from omnisift.mini.pictures import ScenePlan
 from omnisift.mini.questions import KINDS
-from omnisift.mini.sounds import TOKENS_PER_SECOND, SoundPlan
-from omnisift.mini.student import Exploring, Student
+from omnisift.mini.sounds import TOKENS_PER_SECOND
+from omnisift.mini.student import Student
 from omnisift.mini.world import COLOURS, NOISES, SIDE
+from omnisift.training.exploring import Exploring
 from omnisift.training.loop import Schedule, train
 
 _SIDE_TOKENS = SIDE // FACTOR
@@ -60,7 +61,6 @@ class Recipe:
     stage: Literal["backbone", "compressed"]
     schedule: Schedule
     seed: int
-    grids: int = 720  # seconds of video a step
     method: str = "none"
     retain: tuple[float, ...] = (1.0,)  # drawn anew each step
     consistency: float = 0.0  # weight: background tokens stay as they were a grid before
@@ -123,9 +123,9 @@ class Trainer:
         """Take lessons for as many steps as the recipe has."""
         self.student, self.lessons, self.recipe, self.device = student, lessons, recipe, device
         self.layout = ModelLayout.of(student.model.config)
-        self._trained = student.trained(recipe.stage)
-        self.prefix = torch.tensor(lessons.template.prefix, device=device)
-        self.end = int(lessons.template.tokenizer.get_vocab()["<|im_end|>"])
+        self.trained = student.trained(recipe.stage)
+        self.prefix = torch.tensor(lessons.text.before_video, device=device)
+        self.end = lessons.text.im_end
         self._positions = self._slot_positions()
         self._masks = lru_cache(maxsize=64)(lambda length: slot_mask(length, lessons.slots, device))
         self._clips = lru_cache(maxsize=16)(
@@ -142,12 +142,9 @@ class Trainer:
         recipe, student = self.recipe, self.student
         if recipe.selector_alone:
             alone = progress < recipe.selector_alone
-            for name, parameter in self._trained.items():
+            for name, parameter in self.trained.items():
                 parameter.requires_grad_(not alone or name.startswith("selector."))
-        pictures = ScenePlan(
-            *(value.to(self.device, non_blocking=True) for value in lesson.pictures)
-        )
-        sounds = SoundPlan(*(value.to(self.device, non_blocking=True) for value in lesson.sounds))
+        pictures, sounds = lesson.plans(self.device)
         with torch.no_grad():
             seen = observe(pictures, sounds, lesson.duration_s, rough=True)
         wide = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -248,7 +245,7 @@ class Trainer:
         heads = config.num_attention_heads, config.num_key_value_heads
         mask = self._masks(start + kept.shape[1])
         for layer in text.layers:
-            x = text_layer(TextLayer.of(layer), x, mask, cos, sin, *heads)
+            x = text_layer(GatedLayer.of_text(layer), x, mask, cos, sin, *heads)
         return rms_norm(x, text.norm.weight, text.norm.variance_epsilon)
 
     def _text_losses(self, lesson: Lesson, hidden: Tensor) -> dict[str, Tensor]:
@@ -352,7 +349,7 @@ def run_stage(
 
     train(
         loss_of,
-        student.trained(recipe.stage),
+        trainer.trained,
         recipe.schedule,
         folder=folder,
         seed=recipe.seed,

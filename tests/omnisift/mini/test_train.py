@@ -12,8 +12,8 @@ from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, r
 from omnisift.compress import compress
 from omnisift.media import log_mel
 from omnisift.mini import towers
-from omnisift.mini.layers import TextLayer, text_layer
-from omnisift.mini.lessons import IGNORED, Lesson, Lessons, Slots, Template
+from omnisift.mini.layers import GatedLayer, text_layer
+from omnisift.mini.lessons import IGNORED, Lesson, Lessons, Slots
 from omnisift.mini.model import (
     SELECTOR_HIDDEN,
     WIDTH,
@@ -25,7 +25,7 @@ from omnisift.mini.model import (
 from omnisift.mini.observe import observe
 from omnisift.mini.pictures import draw, plan_pictures
 from omnisift.mini.sounds import plan_sounds, render
-from omnisift.mini.student import Exploring, Student, calibrate
+from omnisift.mini.student import Student, calibrate
 from omnisift.mini.train import (
     Recipe,
     Trainer,
@@ -35,6 +35,7 @@ from omnisift.mini.train import (
     shares_for,
 )
 from omnisift.mini.world import draw_scene
+from omnisift.prompts import PromptText
 from omnisift.training.loop import Schedule
 
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ def student(tokenizer: PreTrainedTokenizerBase) -> Student:
 
 @pytest.fixture(scope="module")
 def lessons(tokenizer: PreTrainedTokenizerBase) -> Lessons:
-    return Lessons(Template(tokenizer, "Be brief."), seed=2, steps=4, grids=20, slots=SLOTS)
+    return Lessons(PromptText(tokenizer, "Be brief."), seed=2, steps=4, grids=20, slots=SLOTS)
 
 
 def test_the_towers_in_batches_equal_the_stock_towers(student: Student) -> None:
@@ -81,7 +82,7 @@ def test_a_text_layer_equals_transformers(student: Student) -> None:
     mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
     expected = layer(x, attention_mask=mask, position_embeddings=(cos, sin))
     expected = expected if isinstance(expected, Tensor) else expected[0]
-    got = text_layer(TextLayer.of(layer), x, mask, cos[:, None], sin[:, None], 4, 2)
+    got = text_layer(GatedLayer.of_text(layer), x, mask, cos[:, None], sin[:, None], 4, 2)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -96,7 +97,7 @@ def slot_losses(
     video = towers.encode_frames(student.model, seen.frames)
     audio = towers.encode_mel(student.model, seen.mel)
     embeds = place(student.model, clips, video, audio)
-    prefix = torch.tensor(lessons.template.prefix)
+    prefix = torch.tensor(lessons.text.before_video)
     embed = student.model.get_input_embeddings()
     sums = {"question": [0.0, 0], "caption": [0.0, 0]}
     for row in range(len(embeds)):
@@ -207,21 +208,3 @@ def test_shares_keep_the_share_of_all_tokens_they_are_made_for(retain: float) ->
     # By hand, chunk by chunk: two grids of 36, 50 audio tokens.
     kept = 2 * (36 - int(36 * shares.video)) + 50 - int(50 * shares.audio)
     assert kept / 122 == pytest.approx(retain, abs=0.011)
-
-
-def test_exploring_centres_the_gradient_and_without_noise_is_the_selector() -> None:
-    torch.manual_seed(0)
-    selector = AudioSelector(16, 8, num_heads=2)
-    video, audio = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
-    valid = torch.ones(2, 5, dtype=torch.bool)
-    plain = selector(video, valid, audio)
-    torch.testing.assert_close(Exploring(selector, 0.0)(video, valid, audio), plain)
-    noisy = Exploring(selector, 0.3)(video, valid, audio)
-    assert not torch.equal(noisy, plain)
-    # Raising all scores of a chunk alike has no gradient: only their differences choose.
-    last = selector.score_head[2]
-    assert isinstance(last, torch.nn.Linear)
-    torch.nn.init.zeros_(last.weight)  # all scores equal, so their sum moves with the bias alone
-    Exploring(selector, 0.3)(video, valid, audio).sum().backward()
-    assert last.bias.grad is not None
-    assert last.bias.grad.abs().max() < 1e-6
