@@ -337,6 +337,10 @@ class LeaseConfig:
         _require(self.expiry_s >= 1, "lease.expiry_s", "at least 1", self.expiry_s)
 
 
+def _cache_root(cache: str, output: str) -> str:
+    return (cache or f"{output.rstrip('/')}/cache").rstrip("/")
+
+
 @dataclass(frozen=True)
 class CaptionConfig:
     """What the jobs that caption a corpus, answer questions about it or compress it are told."""
@@ -376,7 +380,7 @@ class CaptionConfig:
     @property
     def cache_root(self) -> str:
         """Return the prefix of the token cache, without a slash at its end."""
-        return (self.cache.path or f"{self.output.rstrip('/')}/cache").rstrip("/")
+        return _cache_root(self.cache.path, self.output)
 
 
 @dataclass(frozen=True)
@@ -478,7 +482,7 @@ class CompactConfig:
     @property
     def cache_root(self) -> str:
         """Return the prefix of the token cache, without a slash at its end."""
-        return (self.cache or f"{self.output.rstrip('/')}/cache").rstrip("/")
+        return _cache_root(self.cache, self.output)
 
 
 @dataclass(frozen=True)
@@ -498,4 +502,4 @@ class VerifyConfig:
     @property
     def cache_root(self) -> str:
         """Return the prefix of the token cache, without a slash at its end."""
-        return (self.cache or f"{self.output.rstrip('/')}/cache").rstrip("/")
+        return _cache_root(self.cache, self.output)
