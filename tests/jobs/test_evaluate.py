@@ -6,36 +6,81 @@ import numpy as np
 import pytest
 
 from jobs import evaluate
-from omnisift.compressor import Clip
-from omnisift.mini.evaluate import Held, Setting, _score
-from omnisift.mini.questions import Question
+from omnisift.mini.evaluate import blind_answers, score
+from omnisift.mini.questions import Question, draw_questions
+from omnisift.mini.shipped import FOLDER
+from omnisift.mini.world import draw_scene
 
 
 def test_the_table_keeps_what_it_says_and_compression_costs_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "scores.json"
-    arguments = ["--scenes", "3", "--settings", "none:1", "omnisift:.25", "random:.1"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--json", str(file)])
+    file, image = tmp_path / "scores.json", tmp_path / "plot.png"
+    arms = (
+        ("all", str(FOLDER), "none", "1"),
+        ("sifted", f"{FOLDER},{FOLDER}", "omnisift", ".35", ".25"),
+        ("random", str(FOLDER), "random", ".1"),
+    )
+    words = [word for arm in arms for word in ("--arm", *arm)]
+    words += ["--scenes", "4", "--workers", "2", "--device", "cpu", "--codec", "int8"]
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", *words, "--json", str(file), "--plot", str(image)]
+    )
+    monkeypatch.setattr(evaluate, "_BLIND_SCENES", 50)
     evaluate.main()
-    full, sifted, random = json.loads(file.read_text())
-    assert full["retained"] == 1
-    assert sifted["retained"] == pytest.approx(0.25, abs=0.02)
-    assert random["retained"] == pytest.approx(0.1, abs=0.02)
-    assert full["accuracy"] > random["accuracy"]
+    full, wide, narrow, random, blind = json.loads(file.read_text())
+    assert full["kept"] == 100
+    assert set(full["carried"].values()) == {100}
+    for row, retain in ((wide, 35), (narrow, 25), (random, 10)):
+        assert row["kept"] == pytest.approx(retain, abs=2)
+    assert wide["score"]["runs"] == [wide["score"]["accuracy"]] * 2  # twice the same model
+    # It was trained to keep sounds; chance keeps what there is.
+    assert narrow["carried"]["sound"] > 1.5 * narrow["carried"]["silence"]
+    assert full["score"]["accuracy"] > random["score"]["accuracy"]
+    assert full["score"]["accuracy"] > blind["score"]["accuracy"]
+    assert image.stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "3 scenes, 18 questions" in printed
-    assert f"| omnisift | {100 * sifted['retained']:.1f} | {sifted['accuracy']:.1f} (" in printed
+    assert "4 scenes as mp4 files, 24 questions" in printed
+    assert f"| sifted | {narrow['kept']:.1f} | {narrow['score']['accuracy']:.1f} (" in printed
+    assert "of 144" in printed  # answers of the six runs that were compared with int8's
 
 
 def test_intervals_are_those_of_videos_drawn_whole() -> None:
     # Videos are all right or all wrong: half of 100, so the mean's deviation is .5 / 10.
-    right = np.repeat(np.arange(100) % 2, 6).reshape(100, 6).astype(float)
-    asked = [Question("context", "?", "!")] * 3 + [Question("counting", "?", "!")] * 3
-    clip = Clip.__new__(Clip)  # not looked at
-    held = [Held(str(number), clip, asked) for number in range(100)]
-    score = _score(Setting("none", 1.0), 1.0, right, held)
-    assert score.accuracy == 50
-    assert score.low == pytest.approx(50 - 1.96 * 5, abs=1.5)
-    assert score.high == pytest.approx(50 + 1.96 * 5, abs=1.5)
-    assert score.by_kind == {"context": 50, "counting": 50}
+    right = np.repeat(np.arange(100) % 2, 6).reshape(1, 100, 6).astype(float)
+    kinds = np.array([["context"] * 3 + ["counting"] * 3] * 100)
+    found = score(right, right[0], kinds)
+    assert found.accuracy == 50
+    assert found.low == pytest.approx(50 - 1.96 * 5, abs=1.5)
+    assert found.high == pytest.approx(50 + 1.96 * 5, abs=1.5)
+    assert found.by_kind == {"context": 50, "counting": 50}
+    assert (found.ahead, found.ahead_low, found.ahead_high) == (0, 0, 0)  # paired, so certain
+
+
+def test_runs_are_averaged_and_compared_with_the_first() -> None:
+    kinds = np.array([["context"] * 6] * 50)
+    first = np.ones((50, 6))
+    runs = np.stack([np.ones((50, 6)), np.zeros((50, 6))])
+    found = score(runs, first, kinds)
+    assert found.runs == [100, 0]
+    assert (found.accuracy, found.ahead) == (50, -50)
+
+
+def test_a_blind_guess_is_the_most_frequent_answer() -> None:
+    asked = [draw_questions(draw_scene(10, number), 0, 6) for number in range(30)]
+    guessed = blind_answers(asked, seed=10, scenes=30)  # of the very scenes
+    told: dict[str, list[str]] = {}
+    for question in (question for some in asked for question in some):
+        told.setdefault(question.text, []).append(question.answer)
+    for some, guesses in zip(asked, guessed, strict=True):
+        for question, guess in zip(some, guesses, strict=True):
+            counts = {answer: told[question.text].count(answer) for answer in told[question.text]}
+            assert counts[guess] == max(counts.values())
+    assert blind_answers([[Question("counting", "never asked", "?")]], seed=10, scenes=30) != [[""]]
+
+
+def test_an_arm_that_cannot_be_is_named() -> None:
+    with pytest.raises(SystemExit, match="--arm x: the method is one of"):
+        evaluate._arm(["x", "folder", "sift", ".5"])
+    with pytest.raises(SystemExit, match="NAME FOLDER"):
+        evaluate._arm(["x", "folder", "omnisift"])
