@@ -399,6 +399,9 @@ class TrainConfig:
     micro_batch: int = _key(1, "examples a worker has in memory at once")
     learning_rate: float = _key(1e-5, "peak of the cosine")
     selector_rate: float = _key(1.0, "the selector's learning rate, as a multiple of the LLM's")
+    exploration: float = _key(
+        0.0, "noise on the selector's scores, whose gradient is then centred; 0: as published"
+    )
     warmup_share: float = _key(0.05, "share of the steps in which the learning rate rises")
     weight_decay: float = _key(0.0, "AdamW's, of matrices")
     max_grad_norm: float = _key(1.0, "gradients are scaled down to this norm")
@@ -429,7 +432,8 @@ class TrainConfig:
         for name in ("worker_cpus", "learning_rate", "selector_rate", "max_grad_norm"):
             _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
         _require(0 <= self.warmup_share < 1, "warmup_share", "in [0, 1)", self.warmup_share)
-        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        for name in ("weight_decay", "exploration"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         share = self.max_skipped_share
         _require(0 <= share <= 1, "max_skipped_share", "in [0, 1]", share)
         _require(

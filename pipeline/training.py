@@ -166,6 +166,7 @@ def _load(config: TrainConfig, source: Path, device: torch.device) -> PrunedLoss
         max_tokens=config.max_tokens,
         nominal_timestamps=config.media.timestamps == "nominal",
         gradient_checkpointing=config.gradient_checkpointing,
+        exploration=config.exploration,
     )
 
 
@@ -178,6 +179,7 @@ def _facts(config: TrainConfig, found: TrainingLines) -> dict[str, Any]:
         "batch": config.batch,
         "max_tokens": config.max_tokens,
         "selector_rate": config.selector_rate,
+        "exploration": config.exploration,
         "system_prompt": config.system_prompt,
         "media": asdict(config.media),
         "compression": asdict(config.compression),

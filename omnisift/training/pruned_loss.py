@@ -26,6 +26,7 @@ from omnisift.compressor import Clip, TooLongError, VideoCompressor
 from omnisift.layout import Block, Modality
 from omnisift.methods import TRAINED_METHODS, compress_with, find_method
 from omnisift.prompts import PromptText, prompt_positions
+from omnisift.training.exploring import Exploring
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +75,12 @@ class PrunedLoss(nn.Module):
         max_tokens: int = 32_768,
         nominal_timestamps: bool = False,
         gradient_checkpointing: bool = False,
+        exploration: float = 0.0,
     ) -> None:
         """Freeze all of `backbone` but its LLM (text embedding and head included).
 
-        `max_tokens` bounds what the LLM reads of an example, after pruning.
+        `max_tokens` bounds what the LLM reads of an example, after pruning. `exploration` is the
+        noise of `Exploring`, 0 the published gradient.
         """
         super().__init__()
         if method not in TRAINED_METHODS:
@@ -104,6 +107,7 @@ class PrunedLoss(nn.Module):
         self.shares = shares
         self.method = method
         self.max_tokens = max_tokens
+        self.exploration = exploration
         self._compressor = VideoCompressor(
             backbone, selector, shares, method=method, nominal_timestamps=nominal_timestamps
         )
@@ -230,6 +234,7 @@ class PrunedLoss(nn.Module):
         embedded = self._embed(torch.cat(texts)).split([len(part) for part in texts])
         blocks = [laid.block for laid in batch]
         layout = self.backbone.layout
+        selector: Any = Exploring(self.selector, self.exploration)
         kept = compress_with(
             self.method,
             [
@@ -246,7 +251,7 @@ class PrunedLoss(nn.Module):
             audio_drop=self.shares.audio,
             video_token_id=layout.video_token_id,
             audio_token_id=layout.audio_token_id,
-            selector=self.selector,
+            selector=selector,
             video_keys=[laid.example.video_key for laid in batch],
             positions_per_chunk=layout.positions_per_chunk,
         )

@@ -93,6 +93,22 @@ def test_gradients_reach_llm_and_selector_and_nothing_else(
     assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
+def test_exploration_takes_the_mean_from_the_scores_gradient(
+    folder: Path, examples: list[Example]
+) -> None:
+    def of_the_bias(exploration: float) -> float:
+        torch.manual_seed(0)
+        loss = _loss(folder, exploration=exploration)
+        last = loss.selector.score_head[2]
+        assert isinstance(last, torch.nn.Linear)
+        torch.nn.init.zeros_(last.weight)  # all scores alike: the bias alone moves their sum
+        loss([loss.lay(examples[0])]).loss.backward()
+        assert last.bias.grad is not None
+        return float(last.bias.grad.abs())
+
+    assert of_the_bias(0.1) < 1e-3 * of_the_bias(0.0)
+
+
 def _slow_loss(loss: PrunedLoss, folder: Path, example: Example) -> Tensor:
     """Return the summed loss by slow loops over chunks and tokens and transformers' own forward."""
     model, layout = loss.backbone.model, loss.backbone.layout
