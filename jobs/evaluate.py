@@ -46,7 +46,7 @@ from omnisift.mini.world import draw_scene
 from pipeline.config import AnswerConfig, DecodeConfig, MediaConfig
 from pipeline.decoder import decode_file
 
-_BLIND_SEED, _BLIND_SCENES = 10, 20_000  # of the world that was trained on
+_BLIND_SEED, _BLIND_SCENES = 10, 5_000  # of the world that was trained on
 
 
 class Arm(NamedTuple):
