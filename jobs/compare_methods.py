@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 JOBS = Path(__file__).parent
+PARTS = ("backbones", "methods", "evaluate")
 SHARES = ("0.35", "0.25", "0.15", "0.10")
 _OMNISIFT = ("--exploration", "0.1", "--selector-alone", "0.05", "--selector-rate", "2")
 
@@ -94,7 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=4, help="that draw scenes for each run")
     parser.add_argument("--scenes", type=int, default=500, help="held out; six questions each")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that evaluate")
-    parser.add_argument("--part", choices=("train", "evaluate", "all"), default="all")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS)
     return parser.parse_args()
 
 
@@ -162,10 +163,11 @@ def main() -> None:
     """Train what is missing, then ask."""
     options = arguments()
     options.folder.mkdir(parents=True, exist_ok=True)
-    if options.part != "evaluate":
+    if "backbones" in options.part:
         train_all(BACKBONES, options, 1)
+    if "methods" in options.part:
         train_all(list(second_stage()), options, options.at_once)
-    if options.part != "train":
+    if "evaluate" in options.part:
         evaluate(options)
         print((options.folder / "methods.md").read_text())
 
