@@ -4,6 +4,7 @@ Shapes: L tokens of a sequence, n tokens of one video or sound, D width.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from omnisift.vision_tower import MAX_PATCHES, VisionTower
 
 # "packed": all windows at once, compiled on a GPU; "stock": transformers' own forward.
 Towers = Literal["packed", "stock"]
+# Tokens from which on norms and MLPs of the LLM run compiled on a GPU: a prompt, not a step.
+_COMPILED_FROM = 512
 
 
 class Backbone:
@@ -124,16 +127,31 @@ class Backbone:
         `embeds` [B, L, D] and `positions` [3, B, L] of the new tokens, `mask` [B, cached + L].
         The vocabulary is left out: over a whole prompt its logits would be gigabytes.
         """
+        text_model = self._text_model
+        eager = self._compiles_text and embeds.shape[1] < _COMPILED_FROM
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            hidden: Tensor = text_model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return hidden
+
+    @property
+    def _compiles_text(self) -> bool:
+        return self.device.type == "cuda" and self.dtype.itemsize == 2
+
+    @cached_property
+    def _text_model(self) -> Any:
         # transformers 5.17 has the LLM at .model, 5.23 at .model.language_model
         text_model = getattr(self.model.model, "language_model", self.model.model)
-        hidden: Tensor = text_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return hidden
+        if self._compiles_text:
+            for layer in text_model.layers:  # one graph of each kind serves them all
+                for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+                    part.compile(dynamic=True)
+        return text_model
 
 
 def inner(model: Any) -> Any:
