@@ -248,28 +248,30 @@ def print_table(rows: Sequence[Row], cosines: Mapping[Path, float]) -> None:
         ]
         print(f"| {' | '.join(cells)} |")
     for folder, cosine in cosines.items():
-        print(f"cosine of background tokens to the next grid's, {folder.name}: {cosine:.4f}")
+        print(f"cosine of background tokens to the next grid's, {folder}: {cosine:.4f}")
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw accuracy over the share of tokens that was kept."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row.name for row in rows if row.kept):
+    names = dict.fromkeys(row.name for row in rows if row.kept)
+    for name, colour in zip(names, colormaps["tab20"](np.arange(20)), strict=False):
         some = sorted((row for row in rows if row.name == name), key=lambda row: row.kept)
         middle = np.array([row.score.accuracy for row in some])
+        if len(some) == 1:
+            axes.axhline(middle[0], linestyle="--", label=name, color=colour)
+            continue
         below = middle - [row.score.low for row in some]
         above = [row.score.high for row in some] - middle
         kept = [row.kept for row in some]
-        if len(some) == 1:
-            axes.axhline(middle[0], linestyle="--", label=name, color="black")
-        else:
-            axes.errorbar(kept, middle, (below, above), marker="o", capsize=2, label=name)
+        axes.errorbar(kept, middle, (below, above), marker="o", capsize=2, label=name, color=colour)
     axes.set(xlabel="tokens kept, %", ylabel="questions answered right, %")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.legend(fontsize="small", loc="outside right upper")
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
