@@ -52,7 +52,10 @@ class AudioTower:
         """Pack `tower` (a transformers `Qwen2_5OmniAudioEncoder`); it stays usable."""
         self.device: torch.device = tower.conv1.weight.device
         self.dtype: torch.dtype = tower.conv1.weight.dtype
-        self.varlen = has_varlen(self.device, self.dtype)
+        attention = tower.layers[0].self_attn
+        self.varlen = has_varlen(
+            self.device, self.dtype, attention.embed_dim // attention.num_heads
+        )
         self.compiled = self.device.type == "cuda"
         self._tower = tower
         self._window: int = tower.n_window * 2  # mel frames

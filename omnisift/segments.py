@@ -26,10 +26,13 @@ class Segments(NamedTuple):
     by_length: tuple[Tensor, ...] | None
 
 
-def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch's flash kernel for segments runs here (16 bits, Ampere or newer)."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_varlen(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Return whether torch's flash kernel for segments runs here.
+
+    It wants 16 bits, a GPU from Ampere on, and heads of a width that 8 divides.
+    """
+    fits = dtype in (torch.bfloat16, torch.float16) and head_width % 8 == 0
+    return fits and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def make_segments(lengths: NDArray[np.int64], device: torch.device, *, varlen: bool) -> Segments:

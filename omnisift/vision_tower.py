@@ -98,7 +98,8 @@ class VisionTower:
         """Pack `tower` (a transformers `Qwen2_5OmniVisionEncoder`); it stays usable."""
         self.device: torch.device = tower.patch_embed.proj.weight.device
         self.dtype: torch.dtype = tower.patch_embed.proj.weight.dtype
-        self.varlen = has_varlen(self.device, self.dtype)
+        attention = tower.blocks[0].attn
+        self.varlen = has_varlen(self.device, self.dtype, attention.dim // attention.num_heads)
         self.compiled = self.device.type == "cuda"
         self._full = frozenset(tower.fullatt_block_indexes)
         self._window = tower.window_size // FACTOR

@@ -10,6 +10,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 from omnisift.backbone import Backbone
 from omnisift.media import FACTOR
 from omnisift.mini.tiny import tiny_config
+from omnisift.segments import has_varlen
 from omnisift.vision_tower import VisionTower
 
 
@@ -74,3 +75,16 @@ def test_audio_equals_stock() -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
     for actual, wanted in zip(stock.encode_audio(waveforms), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_flash_kernel_is_for_heads_and_machines_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert has_varlen(cuda, torch.bfloat16, 80)
+    assert not has_varlen(cuda, torch.bfloat16, 12)  # a tiny model's
+    assert not has_varlen(cuda, torch.float32, 80)
+    assert not has_varlen(torch.device("cpu"), torch.bfloat16, 80)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not has_varlen(cuda, torch.bfloat16, 80)
