@@ -81,10 +81,10 @@ def test_the_flash_kernel_is_for_heads_and_machines_that_it_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert has_varlen(cuda, torch.bfloat16, 80)
     assert not has_varlen(cuda, torch.bfloat16, 12)  # a tiny model's
     assert not has_varlen(cuda, torch.float32, 80)
     assert not has_varlen(torch.device("cpu"), torch.bfloat16, 80)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert not has_varlen(cuda, torch.bfloat16, 80)
