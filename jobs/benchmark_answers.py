@@ -94,9 +94,9 @@ def measure_parities(options: argparse.Namespace, device: str) -> bool:
             found = measure_parity(folder, kept, device=device, eager=not options.graphs)
             good &= found.holds
             print(
-                f"| {name} | {found.prompts} | {found.exact_positions} | {found.error:.2e} | "
-                f"{found.reference_error:.2e} | {found.plain_error:.2e} | {found.greedy_tokens} "
-                f"({found.same_answers} of {found.prompts} answers equal to the end) | "
+                f"| {Path(name).name} | {found.prompts} | {found.exact_positions} | "
+                f"{found.error:.2e} | {found.reference_error:.2e} | {found.plain_error:.2e} | "
+                f"{found.greedy_tokens} ({found.same_answers} of {found.prompts} answers equal to the end) | "
                 f"{found.wrong_tokens} | {found.same_choices} of {found.choices} | {found.holds} |",
                 flush=True,
             )
