@@ -65,7 +65,7 @@ def measure_parities(options: argparse.Namespace, device: str) -> bool:
     """Print a line for each model; return whether the engines agree on all."""
     print(
         "| model | prompts | positions exact | error of log-probabilities from float32: vLLM | "
-        "transformers | vLLM with plain positions | greedy tokens compared | wrong | "
+        "transformers | vLLM with plain positions | greedy tokens (answers equal) | wrong | "
         "same choices | holds |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     good = True
@@ -93,11 +93,12 @@ def measure_parities(options: argparse.Namespace, device: str) -> bool:
                 ]
             found = measure_parity(folder, kept, device=device, eager=not options.graphs)
             good &= found.holds
+            greedy = f"{found.greedy_tokens} ({found.same_answers} of {found.prompts} to the end)"
             print(
                 f"| {Path(name).name} | {found.prompts} | {found.exact_positions} | "
                 f"{found.error:.2e} | {found.reference_error:.2e} | {found.plain_error:.2e} | "
-                f"{found.greedy_tokens} ({found.same_answers} of {found.prompts} answers equal to the end) | "
-                f"{found.wrong_tokens} | {found.same_choices} of {found.choices} | {found.holds} |",
+                f"{greedy} | {found.wrong_tokens} | {found.same_choices} of {found.choices} | "
+                f"{found.holds} |",
                 flush=True,
             )
     return good
