@@ -175,7 +175,7 @@ def _measure_speed(
         return [rng.integers(0, vocabulary, length).tolist() for _ in range(number)]
 
     ask, ask_text = partial(_outputs, vllm, params), partial(_text_outputs, vllm, params)
-    exact = _count_exact(vllm, kept, params)
+    exact = _count_exact(vllm, kept)
     print(f"positions exact: {exact} of {len(kept)} videos\n")
     print("| what | seconds a video | prompts of ids | factor |\n|---|---|---|---|")
     vllm.outputs(videos(2), params)
@@ -203,13 +203,17 @@ def _measure_speed(
             _line(what, [_seconds(answer)], theirs[number], number)
 
 
-def _count_exact(vllm: VllmEngine, kept: Sequence[KeptTokens], params: Any) -> int:
+def _count_exact(vllm: VllmEngine, kept: Sequence[KeptTokens]) -> int:
     """Return for how many videos the model was given the tokens' own positions."""
+    from vllm import SamplingParams
+
+    # What all prompts begin with is in the prefix cache, and would not be read again.
+    whole = SamplingParams(max_tokens=1, skip_reading_prefix_cache=True)
     vllm.call("watch_positions")
     at = len(vllm.prompt_ids(QUESTION.text)[0])
     exact = 0
     for number, tokens in enumerate(kept):
-        vllm.outputs([AskedVideo(f"positions {number}", tokens, [QUESTION])], params)
+        vllm.outputs([AskedVideo(f"positions {number}", tokens, [QUESTION])], whole)
         steps = [np.array(step) for step in vllm.call("take_positions")[0]]
         seen = np.concatenate(steps, axis=1)[:, at : at + len(tokens.embeds)]
         exact += np.array_equal(seen, tokens.positions + at)

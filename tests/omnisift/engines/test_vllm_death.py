@@ -68,4 +68,6 @@ def test_a_killed_process_costs_no_answer(tmp_path: Path) -> None:
         engine.close()
     assert all(isinstance(answer, Answer) for answers in given for answer in answers)
     assert _comparable(given) == _comparable(expected)
-    assert not [p for p in multiprocessing.active_children() if "EngineCore" in p.name]
+    for left in multiprocessing.active_children():
+        left.join(60)  # killed by vLLM, and not yet gone
+        assert not left.is_alive()
