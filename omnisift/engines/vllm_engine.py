@@ -96,6 +96,8 @@ class VllmEngine:
 
     async def _start(self) -> Any:
         start = time.monotonic()
+        # A fork of a process that has threads, or has looked for a GPU, cannot use the GPU.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         # flashinfer's sampler is compiled on first use, which needs nvcc on every node.
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         if self._context_tokens > self._max_positions:

@@ -39,6 +39,9 @@ from omnisift.engines.vllm_plugin import MODALITY
 from omnisift.engines.vllm_weights import language_model_name
 from omnisift.prompts import prompt_positions
 
+# Longest videos that are at hand at a time. vLLM plans a step while the one before is running,
+# whose videos it still holds: with room for one, every other step would have no video to read.
+_ROOM = 4
 _FIELDS = ("kept_embeds", "kept_positions", "kept_next_position")
 
 
@@ -90,12 +93,12 @@ class KeptInfo(BaseProcessingInfo):
         seq_len: int,
         mm_counts: Mapping[str, int] | None = None,  # noqa: ARG002 (vLLM's signature)
     ) -> Mapping[str, int]:
-        """Return the most tokens a video may have: vLLM sets room aside for it."""
-        return {MODALITY: seq_len}
+        """Return for how many tokens vLLM has room before they are read: of several videos."""
+        return {MODALITY: _ROOM * seq_len}
 
 
 class KeptDummyInputs(BaseDummyInputsBuilder[KeptInfo]):
-    """What vLLM measures its memory with: the longest video."""
+    """What vLLM measures its memory with: one of the longest videos."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:  # noqa: ARG002
         """Return no text: the prompt is ids."""

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from omnisift.answer import Answerer, Prompt
 from omnisift.backbone import Backbone
-from omnisift.checkpoint import load_backbone, load_tokenizer
+from omnisift.checkpoint import load_backbone, load_tokenizer, thinker_config
 from omnisift.compressor import KeptTokens
 from omnisift.engines.interface import AskedVideo, Question
 from omnisift.engines.vllm_engine import VllmEngine, VllmOptions
@@ -30,6 +30,8 @@ QUESTIONS = (
     Question("Which of these?", ("yes", "no", "a dog barks", "a door closes", "nothing")),
     Question("How many?", ("1", "2", "3", "4")),
 )
+# Said, not measured: several comparisons may share a GPU.
+_CACHE_BYTES = 1 << 30
 PROBE = {"worker_extension_cls": "omnisift.measure.vllm_probe.Probe", "max_logprobs": -1}
 
 
@@ -59,15 +61,25 @@ class Parity:
         )
 
 
-def measure_parity(folder: Path, kept: Sequence[KeptTokens], *, device: str) -> Parity:
-    """Compare vLLM with transformers on a checkpoint; float32 says how far rounding goes."""
+def measure_parity(
+    folder: Path, kept: Sequence[KeptTokens], *, device: str, eager: bool = True
+) -> Parity:
+    """Compare vLLM with transformers on a checkpoint; float32 says how far rounding goes.
+
+    `eager` is vLLM without captured graphs, which starts sooner.
+    """
     backbone = load_backbone(folder, part="language_model", device=device)
     exact = Backbone(copy.deepcopy(backbone.model).float())
     tokenizer = load_tokenizer(folder)
     common: dict[str, Any] = {"system_prompt": SYSTEM_PROMPT, "max_new_tokens": GREEDY_TOKENS}
     reference, exactly = (Answerer(part, tokenizer, **common) for part in (backbone, exact))
+    context_tokens = min(8192, thinker_config(folder).text_config.max_position_embeddings)
     options = VllmOptions(
-        gpu_memory_fraction=0.4, context_tokens=8192, batched_tokens=8192, eager=True, more=PROBE
+        gpu_memory_fraction=0.1,
+        context_tokens=context_tokens,
+        batched_tokens=8192,
+        eager=eager,
+        more={**PROBE, "kv_cache_memory_bytes": _CACHE_BYTES},
     )
     vllm = VllmEngine(folder, sampling=Sampling(), options=options, device=device, **common)
     try:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Probe:
@@ -10,6 +11,7 @@ class Probe:
 
     model_runner: Any
     _positions: list[Tensor]
+    _hook: RemovableHandle
 
     def watch_positions(self) -> None:
         """From now on keep the positions of every step that runs the model's Python."""
@@ -18,7 +20,12 @@ class Probe:
         def keep(_model: nn.Module, _args: Any, given: dict[str, Any]) -> None:
             self._positions.append(given["positions"].detach().cpu().clone())
 
-        self.model_runner.get_model().register_forward_pre_hook(keep, with_kwargs=True)
+        model = self.model_runner.get_model()
+        self._hook = model.register_forward_pre_hook(keep, with_kwargs=True)
+
+    def stop_watching(self) -> None:
+        """Watch no longer: it makes every step wait for the GPU."""
+        self._hook.remove()
 
     def take_positions(self) -> list[list[list[int]]]:
         """Return the positions [3, L] of each step since the last call."""

@@ -45,11 +45,12 @@ def test_captions_and_choices_are_those_of_the_reference_engine(tmp_path: Path) 
     for name in ("bigbuckbunny.mp4", "carphone_pristine.mp4"):
         (videos / name).write_bytes(source(name).read_bytes())
     (videos / "bad.mp4").write_text("no video")
-    table = tmp_path / "questions.csv"
+    uris = sorted(videos.iterdir())
+    table = videos / "questions.csv"  # local files are named relative to the source's folder
     with table.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["uri", "prompt_id", "prompt", "choices"])
-        for video in sorted(videos.iterdir()):
+        for video in uris:
             writer.writerows([str(video), *ask] for ask in ASKS)
     model = write_random_llm(tmp_path / "model", width=256, heads=4, kv_heads=2, layers=2)
     seen = {}

@@ -1,0 +1,73 @@
+"""A vLLM process that is killed while questions are out costs no answer (needs vLLM)."""
+
+import multiprocessing
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from omnisift.answer import Answer
+from omnisift.engines.interface import AskedVideo, Question, Refusal
+from omnisift.engines.vllm_engine import VllmEngine, VllmOptions
+from omnisift.measure.random_checkpoint import random_kept, write_random_llm
+from omnisift.prompts import Sampling
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM"),
+]
+
+GPU = torch.cuda.is_available()
+QUESTIONS = [Question("What?"), Question("Which?", ("yes", "no"))]
+
+
+def _comparable(answers: list[list[Answer | Refusal]]) -> list[Answer | Refusal | None]:
+    # In 16 bits a random model's next token may fall either way.
+    flat = [answer for of_video in answers for answer in of_video]
+    return [None if GPU and getattr(a, "finish_reason", "") != "choice" else a for a in flat]
+
+
+def test_a_killed_process_costs_no_answer(tmp_path: Path) -> None:
+    engine = VllmEngine(
+        write_random_llm(tmp_path, width=256, heads=4, kv_heads=2, layers=2),
+        system_prompt="You see.",
+        max_new_tokens=1500,
+        sampling=Sampling(),
+        options=VllmOptions(
+            gpu_memory_fraction=0.1,
+            context_tokens=4096,
+            batched_tokens=4096,
+            eager=True,
+            more={"kv_cache_memory_bytes": 1 << 30},
+        ),
+        device="cuda" if GPU else "cpu",
+    )
+    videos = [
+        AskedVideo(f"{i}", random_kept(256, grids=4, side=3, retain=0.4, seed=i), QUESTIONS)
+        for i in range(4)
+    ]
+    try:
+        expected = engine(videos)
+        [core] = [p for p in multiprocessing.active_children() if "EngineCore" in p.name]
+        assert core.pid is not None
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(engine, videos)
+            while not engine._vllm.output_processor.has_unfinished_requests():
+                assert not asked.done()
+                time.sleep(0.01)
+            os.kill(core.pid, signal.SIGKILL)
+            given = asked.result()
+        assert engine._starts == 2
+    finally:
+        engine.close()
+    assert all(isinstance(answer, Answer) for answers in given for answer in answers)
+    assert _comparable(given) == _comparable(expected)
+    for left in multiprocessing.active_children():
+        left.join(60)  # killed by vLLM, and not yet gone
+        assert not left.is_alive()
