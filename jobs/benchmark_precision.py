@@ -94,7 +94,8 @@ def answers_of(precision: Precision, videos: Sequence[AskedVideo]) -> list[list[
             quantization=precision.weights,
             kv_cache_dtype=precision.kv_cache,
             eager=True,
-            more={"kv_cache_memory_bytes": 1 << 30},
+            # also on a CPU, where the engine would compute in float32
+            more={"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30},
         ),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
