@@ -213,6 +213,8 @@ def middle_of(config: CaptionConfig, edge: int) -> Middle:
         written = max(part.column("created_at").to_pylist()).timestamp()
         files.append((written, part.column("video_key").to_pylist()))
     files.sort()
+    after = ", ".join(f"{len(names)} at {written - files[0][0]:.1f}" for written, names in files)
+    print(f"videos durable, seconds behind the first file: {after}")
     total, seen = sum(len(names) for _, names in files), 0
     inside: list[tuple[float, list[str]]] = []
     for written, names in files:
