@@ -287,7 +287,7 @@ def measure(folder: Path, sizes: Sizes) -> None:
     )
     progress("Ray started")
     decoder = Decode(**run.decode)
-    [row] = rows.iterate(decoder(rows.build([row_of(videos[0])], rows.IDENTITY)))
+    [row] = decoder.decode(next(rows.iterate(rows.build([row_of(videos[0])], rows.IDENTITY))))
     decoder.close()
     progress(f"one video decoded in {row['decode_s']:.1f} s")
     block = rows.build([row] * sizes.batch, rows.DECODED)

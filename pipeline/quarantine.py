@@ -116,29 +116,35 @@ class Guarded:
         self._name = stage.__name__.lower()
         self._ledger = ledger
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Return what the stage makes of a block; after a death, of each of its rows alone."""
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        """Yield what the stage makes of a block; after a death, of each of its rows alone."""
         video_keys = block.column("video_key").to_pylist()
         with self._gate.together():
             alone = len(video_keys) == 1 and not self._overlaps
             deaths = ray.get(self._ledger.begin.remote(self._name, video_keys, alone=alone))
             if deaths is None:
-                done = self._stage(block)
+                yield from self._run(block)
                 ray.get(self._ledger.end.remote(self._name, video_keys))
-                return done
+                return
         ray.get(self._ledger.put_back.remote(self._name, video_keys))
-        return pa.concat_tables(
-            self._alone(key, block.slice(row, 1)) for row, key in enumerate(video_keys)
-        )
+        for row, key in enumerate(video_keys):
+            yield from self._alone(key, block.slice(row, 1))
 
-    def _alone(self, video_key: str, row: pa.Table) -> pa.Table:
+    def _run(self, block: pa.Table) -> Iterator[pa.Table]:
+        """Yield what the stage returns, all at once or piece by piece."""
+        done = self._stage(block)
+        if isinstance(done, pa.Table):
+            yield done
+        else:
+            yield from done
+
+    def _alone(self, video_key: str, row: pa.Table) -> Iterator[pa.Table]:
         with self._gate.alone():
             deaths = ray.get(self._ledger.begin.remote(self._name, [video_key], alone=True)) or 0
             if deaths >= MAX_DEATHS:
                 row = self._failed(row, deaths)  # which the stage passes on untouched
-            done = self._stage(row)
+            yield from self._run(row)
             ray.get(self._ledger.end.remote(self._name, [video_key]))
-            return done
 
     def _failed(self, row: pa.Table, deaths: int) -> pa.Table:
         [video] = rows.iterate(row)

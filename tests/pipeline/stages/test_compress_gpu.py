@@ -35,7 +35,7 @@ def write_small_model(folder: Path) -> Path:
     sizes["audio_config"]["encoder_layers"] = 2
     sizes["text_config"] |= {"vocab_size": 64, "pad_token_id": 0}
     sizes["pad_token_id"] = 0
-    config = thinker_config(sizes, {name: place for place, name in enumerate(SPECIAL_TOKENS)})
+    config: Any = thinker_config(sizes, {name: place for place, name in enumerate(SPECIAL_TOKENS)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = random_model(config, device, llm_layers=0)
     return write_model(folder, model, AudioSelector(config.text_config.hidden_size))
