@@ -49,7 +49,7 @@ def known_windows(video: dict[str, Any], done: Done, cached: CacheIndex) -> Know
             for key in names
             for prompt in video["prompts"]
         ]
-        answered = np.reshape(done.answered(asks), (len(names), -1)).any(axis=1)
+        answered = np.any(np.reshape(done.answered(asks), (len(names), -1)), axis=1).tolist()
         found = zip(candidates, cached.locate(names), done.attempts(names), answered, strict=True)
         end = None
         before = len(windows)

@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,8 @@ from pipeline.stages.decode import Decode
 from pipeline.testing.clips import encode, repeat
 
 WINDOW_S = 4.0
-SMALL = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
-CUT = MediaConfig(window_s=WINDOW_S, **SMALL)
-WHOLE = MediaConfig(**SMALL)
+WHOLE = MediaConfig(min_pixels=56 * 56, max_pixels=112 * 112)
+CUT = replace(WHOLE, window_s=WINDOW_S)
 LIMITS = DecodeConfig(probe_s=60, deadline_s=60)
 SPANS = [(0.0, 4.0), (4.0, 8.0), (8.0, 12.0), (12.0, 15.36)]
 RATE = 25
@@ -95,7 +95,8 @@ def test_windows_hold_the_pictures_of_their_span(film: Path, pictures: list[Vide
         assert (decoded.duration_s, decoded.fps) == (end_s - start_s, 2.0)
         wanted = [pictures[int((start_s + number / 2) * RATE)] for number in range(count)]
         images = np.stack([picture.to_ndarray(format="rgb24") for picture in wanted])
-        size = frame_size(*images.shape[1:3], **SMALL)
+        height, width = images.shape[1:3]
+        size = frame_size(height, width, min_pixels=WHOLE.min_pixels, max_pixels=WHOLE.max_pixels)
         expected = resize_frames(torch.from_numpy(images), size).numpy()
         assert np.array_equal(decoded.frames, expected)
 
@@ -293,7 +294,9 @@ def test_the_stage_makes_a_row_of_each_window(film: Path, tmp_path: Path) -> Non
     assert [block.num_rows for block in blocks] == [1] * 8  # no two are in memory together
     made = list(rows.iterate(pa.concat_tables(blocks)))
     window_keys = [keys.window_key("key", WINDOW_S, n, last=n == 3) for n in range(4)]
-    expected = [(key, start, 4) for key, (start, _) in zip(window_keys, SPANS, strict=True)]
+    expected: list[tuple[str, float | None, int | None]] = [
+        (key, start, 4) for key, (start, _) in zip(window_keys, SPANS, strict=True)
+    ]
     expected += [("short", None, None)]
     expected += [(window_keys[n], SPANS[n][0], 2) for n in (1, 3)]
     expected += [("bad", None, None)]
