@@ -9,7 +9,7 @@ count no more, and they are deleted when nobody can still be reading them.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -193,6 +193,11 @@ def read_answers(output: str, storage: Storage, *, committed_only: bool = True) 
 Ask = tuple[str, str, str] | tuple[str, str, str, Sequence[str] | None]
 
 
+def ask_of(video_key: str, prompt: Mapping[str, Any]) -> Ask:
+    """Return the question that a prompt (rows.PROMPT) is to a video."""
+    return video_key, prompt["prompt_id"], prompt["prompt"], prompt["choices"]
+
+
 def ask_key(
     video_key: str, prompt_id: str, prompt: str, choices: Sequence[str] | None = None
 ) -> bytes:
@@ -211,6 +216,10 @@ class Failure:
     stage: str
     error_type: str
     message: str
+
+    def of(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row that fails with it."""
+        return rows.failed(row, self.stage, self.error_type, self.message)
 
 
 class AnswerIndex:

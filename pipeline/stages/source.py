@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import keys, rows
-from pipeline.answers import Ask, Failure
+from pipeline.answers import ask_of
 from pipeline.boundary import BoundaryError, Roots, roots_of, shown
 from pipeline.compression_index import Done
 from pipeline.config import CaptionConfig
 from pipeline.errors import StartupError
 from pipeline.gone_videos import RollCall
 from pipeline.known_videos import find_videos
-from pipeline.known_windows import KnownWindows, known_windows
+from pipeline.known_windows import KnownWindows, known_windows, windows_left
 from pipeline.manifest import (
     ASKS,
     BrokenLine,
@@ -315,10 +315,6 @@ def _merged(videos: Iterable[dict[str, Any]], counts: Counter[str]) -> list[dict
     return list(merged.values())
 
 
-def _ask_of(video: dict[str, Any], prompt: Prompt) -> Ask:
-    return video["video_key"], prompt["prompt_id"], prompt["prompt"], prompt["choices"]
-
-
 def _sorted_out(
     chunk: Sequence[dict[str, Any]],
     done: Done,
@@ -330,7 +326,7 @@ def _sorted_out(
 
     A video that is cut into windows may have several rows; it counts as the first of their kinds.
     """
-    asks = [_ask_of(video, prompt) for video in chunk for prompt in video["prompts"]]
+    asks = [ask_of(video["video_key"], prompt) for video in chunk for prompt in video["prompts"]]
     answered = iter(done.answered(asks))
     video_keys = [video["video_key"] for video in chunk]
     places = cached.locate(video_keys)
@@ -343,10 +339,15 @@ def _sorted_out(
             if untouched and video["error_type"] is None:
                 found = known_windows(video, done, cached)
         if found:
-            yield from _windows_left(video, found, done, counts)
+            work = windows_left(video, found, done)
+            more = {"prompts_answered": work.prompts_answered, "windows": work.more_rows}
+            counts.update({work.kind: 1, **more})
+            yield from work.rows
             continue
         counts["prompts_answered"] += len(video["prompts"]) - len(left)
-        new = [prompt for prompt in left if not done.ask_given_up(*_ask_of(video, prompt))]
+        new = [
+            prompt for prompt in left if not done.ask_given_up(*ask_of(video["video_key"], prompt))
+        ]
         row = {**video, "prompts": new, "attempts": attempts + 1}
         failure = done.given_up(video["video_key"])
         if not new:
@@ -354,7 +355,7 @@ def _sorted_out(
             continue
         if failure and place is None:
             # Another question about a video that cannot be had: its failure is known.
-            kind, row = "failed", _known_failure({**row, "attempts": attempts}, failure)
+            kind, row = "failed", failure.of({**row, "attempts": attempts})
         elif video["error_type"] is not None:
             kind = "failed"
         elif place is not None:
@@ -363,57 +364,6 @@ def _sorted_out(
             kind = "fresh"
         counts[kind] += 1
         yield kind, row
-
-
-def _known_failure(row: dict[str, Any], failure: Failure) -> dict[str, Any]:
-    return rows.failed(row, failure.stage, failure.error_type, failure.message)
-
-
-def _windows_left(
-    video: dict[str, Any], found: KnownWindows, done: Done, counts: Counter[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a video of which earlier runs know windows: what is left of it to do."""
-    kinds: list[str] = []
-    skip, tried = [], done.attempts([video["video_key"]])
-    for number, window in sorted(found.windows.items()):
-        asks = [_ask_of({"video_key": window.key}, prompt) for prompt in video["prompts"]]
-        asked = zip(video["prompts"], done.answered(asks), strict=True)
-        left = [prompt for prompt, answered in asked if not answered]
-        counts["prompts_answered"] += len(asks) - len(left)
-        new = [p for p in left if not done.ask_given_up(*_ask_of({"video_key": window.key}, p))]
-        failure = done.given_up(window.key)
-        row = {
-            **video,
-            "video_key": window.key,
-            "start_s": number * video["window_s"],
-            "prompts": new,
-            "attempts": window.attempts + 1,
-        }
-        if not new:
-            kinds.append("given_up" if left else "answered")
-        elif window.place is not None:
-            kinds.append("cached")
-            place = {"cache_file": window.place.file, "cache_row": window.place.row}
-            yield "cached", {**row, **place}
-        elif failure:
-            kinds.append("failed")
-            yield "failed", _known_failure({**row, "attempts": window.attempts}, failure)
-        else:
-            tried.append(window.attempts)
-            continue
-        skip.append(number)
-    whole = {**video, "attempts": max(tried) + 1}
-    failure = done.given_up(video["video_key"])
-    if found.complete and len(skip) == len(found.windows):
-        pass
-    elif failure:  # of what no run has seen
-        kinds.append("given_up")
-    else:
-        kinds.append("fresh")
-        yield "fresh", {**whole, "skip_windows": skip}
-    order = ("fresh", "cached", "failed", "given_up", "answered")
-    counts[min(kinds, key=order.index)] += 1
-    counts["windows"] += max(0, sum(kind in _SCHEMAS for kind in kinds) - 1)
 
 
 class _Parts:
