@@ -296,7 +296,7 @@ def measure(folder: Path, sizes: Sizes) -> None:
     del block, kept
     gc.collect()
     progress("decoding alone")
-    decode_alone(videos[: 2 * pools.decode.actors], run, pools.decode, table)
+    decode_alone(videos[: 3 * pools.decode.actors], run, pools.decode, table)
     progress("all together")
     with watched_gpu() as samples:
         result = compress_corpus(config)
