@@ -112,7 +112,9 @@ class MediaConfig:
 class DecodeConfig:
     """Limits of the child process that decodes."""
 
-    deadline_s: float = _key(600.0, "seconds one video may take; then error_type decode_timeout")
+    deadline_s: float = _key(
+        600.0, "seconds a video, or a window, may take; then error_type decode_timeout"
+    )
     probe_s: float = _key(60.0, "seconds until a file is understood; then error_type probe_timeout")
     memory_limit_bytes: int = _key(4 << 30, "address space of the child beyond its start")
     max_size_bytes: int = _key(16 << 30, "larger objects are refused as too_large")

@@ -12,7 +12,7 @@ from jobs.show_answers import choose, span
 from pipeline import keys, rows
 from pipeline.answers import read_answers
 from pipeline.compact_answers import compact_answers
-from pipeline.config import AnswerConfig, MediaConfig, ShowConfig, SyncConfig
+from pipeline.config import AnswerConfig, MediaConfig, ShowConfig, SyncConfig, TrainConfig
 from pipeline.media_windows import cut
 from pipeline.parquet import read_columns
 from pipeline.report import Report, render
@@ -300,6 +300,13 @@ def test_the_keys_of_windows_are_all_different_and_stay_what_they_are() -> None:
     ]
     assert len(set(made)) == len(made)
     assert keys.window_key("a", 4, 1, last=False) == keys.window_key("a", 4.0, 1, last=False)
+
+
+def test_training_reads_whole_clips() -> None:
+    with pytest.raises(
+        ValueError, match=r"media\.window_s must be 0 \(training reads whole clips\)"
+    ):
+        TrainConfig(data="lines.jsonl", output="run", media=MediaConfig(window_s=4))
 
 
 def test_answers_are_shown_in_the_order_of_the_video(cut_corpus: Corpus) -> None:
