@@ -182,15 +182,21 @@ def _serve(work: "_Work", path: Path, skip: Container[int]) -> None:
     try:
         understood = partial(work.say, {"understood": True})
         film = Film(path, work.media, work.limits, understood=understood)
-        if len(film.windows) > 1:
-            work.say({"cut_s": film.windows[-1].end_s})
-        left = [window for window in film.windows if window.number not in skip]
+        left = film.windows
+        if len(left) > 1:
+            work.say({"cut_s": left[-1].end_s})
+            left = [window for window in left if window.number not in skip]
+        found = None
         with film.sound() as sound:
-            for place, window in enumerate(left):
-                if place and not work.go_on():
-                    return
-                _limit_cpu(work.limits)
-                work.say(_guarded(partial(_decode_into, work, film, window, sound), work.limits))
+            for window in left:
+                if found is not None:
+                    work.say(found)
+                    if not work.go_on():
+                        return
+                    _limit_cpu(work.limits)
+                found = _guarded(partial(_decode_into, work, film, window, sound), work.limits)
+        if found is not None:  # last, when no file is open any more
+            work.say(found)
     except _FAULTS as error:
         work.say({**_fault(error, work.limits), "ended": True})
 

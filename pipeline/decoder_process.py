@@ -123,7 +123,7 @@ class DecoderProcess:
             if "cut_s" in answer:
                 windows = cut(answer["cut_s"], self._media.window_s)
                 left = [window for window in windows if window.number not in skip]
-                answer = self._await_decoded()
+                answer = self._await_decoded() if left else {}
             while left:
                 found, goes_on = self._found(answer)
                 yield left.pop(0), found
