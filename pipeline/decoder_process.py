@@ -121,7 +121,9 @@ class DecoderProcess:
             if "understood" in answer:
                 answer = self._await_decoded()
             if "cut_s" in answer:
-                windows = cut(answer["cut_s"], self._media.window_s)
+                # A child that was led astray could say anything: at most what is let in.
+                duration_s = min(answer["cut_s"], self._limits.max_duration_s)
+                windows = cut(duration_s, self._media.window_s)
                 left = [window for window in windows if window.number not in skip]
                 answer = self._await_decoded() if left else {}
             while left:
