@@ -11,10 +11,13 @@ import gc
 import logging
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +29,17 @@ from omnisift.checkpoint import read_selector
 from omnisift.measure.random_model import published_config, write_random_checkpoint
 from omnisift.mini.tiny import write_tiny_model
 from pipeline import rows, token_cache
+from pipeline.answers import find_run_files
 from pipeline.config import CacheConfig, CaptionConfig, CompressionConfig, MediaConfig
 from pipeline.parquet import read_columns
 from pipeline.pools import Pool, size_pools
-from pipeline.report import render
+from pipeline.report import Report, render
 from pipeline.run import compress_corpus, configure_ray_data, start_ray
 from pipeline.settings import Settings, make_settings
 from pipeline.stages.cache import WriteCache
 from pipeline.stages.compress import Compress
 from pipeline.stages.decode import Decode
-from pipeline.storage import Storage
+from pipeline.storage import Storage, join
 from pipeline.testing.clips import encode, repeat
 
 
@@ -82,15 +86,37 @@ def row_of(video: Path) -> dict[str, Any]:
     }
 
 
+@dataclass
+class Table:
+    """The lines of the table, each printed when it is known and all of them at the end."""
+
+    lines: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # a video, by part
+
+    def add(self, part: str, seconds: float, note: str = "") -> None:
+        """Note what a video takes in a part."""
+        self.seconds[part] = seconds
+        self._add(f"| {part} | {seconds:.3f} | {1 / seconds:.2f} | {note} |")
+
+    def say(self, what: str, value: str) -> None:
+        """Note what is no time of a video."""
+        self._add(f"| {what} | | | {value} |")
+
+    def _add(self, line: str) -> None:
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def __str__(self) -> str:
+        return "\n".join(["| part | s a video | videos a s | |", "|---|---|---|---|", *self.lines])
+
+
 def stamp(block: pa.Table) -> pa.Table:
-    """Replace decoded videos by the times at which they began and ended."""
-    end = time.time()
-    begin = [end - decode_s for decode_s in block.column("decode_s").to_pylist()]
-    return pa.table({"begin": begin, "end": [end] * block.num_rows})
+    """Replace decoded videos by the times at which they were done."""
+    return pa.table({"end": [time.time()] * block.num_rows, "decode_s": block.column("decode_s")})
 
 
-def decode_alone(videos: Sequence[Path], run: Settings, pool: Pool) -> float:
-    """Return the seconds a video takes with all actors at work."""
+def decode_alone(videos: Sequence[Path], run: Settings, pool: Pool, table: Table) -> None:
+    """Measure the seconds a video takes with all actors at work, behind each one's first."""
     tables = [rows.build([row_of(video)], rows.IDENTITY) for video in videos]
     decoded = ray.data.from_arrow(tables).map_batches(
         Decode, fn_constructor_kwargs=run.decode, **pool.of(1)
@@ -99,17 +125,19 @@ def decode_alone(videos: Sequence[Path], run: Settings, pool: Pool) -> float:
         stamp, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=0.05
     )
     times = pa.concat_tables(stamped.iter_batches(batch_size=None, batch_format="pyarrow"))
-    begin, end = (times.column(name).to_pylist() for name in ("begin", "end"))
-    return float(max(end) - min(begin)) / len(videos)
+    ends = sorted(times.column("end").to_pylist())
+    seconds = (ends[-1] - ends[pool.actors - 1]) / (len(ends) - pool.actors)
+    each_s = sum(times.column("decode_s").to_pylist()) / len(ends)
+    table.add(f"decode, {pool.actors} actors", seconds, f"{each_s:.1f} s a video in its actor")
 
 
-def compress_alone(block: pa.Table, run: Settings, sizes: Sizes) -> pa.Table:
+def compress_alone(block: pa.Table, run: Settings, sizes: Sizes, table: Table) -> pa.Table:
     """Measure the stage with one call at a time and with two; return a block of kept tokens."""
     stage = Compress(**run.compress)
     start = time.perf_counter()
     kept = stage(block)
     assert kept.column("error_type").null_count == block.num_rows, kept.column("error_message")
-    print(f"first call, compiling: {time.perf_counter() - start:.0f} s")
+    print(f"first call, compiling: {time.perf_counter() - start:.0f} s", flush=True)
     for threads in (1, 2):
         with ThreadPoolExecutor(threads) as pool:
             start = time.perf_counter()
@@ -118,14 +146,14 @@ def compress_alone(block: pa.Table, run: Settings, sizes: Sizes) -> pa.Table:
         busy_s = sum(sum(each.column("compress_s").to_pylist()) for each in done)
         videos = sizes.calls * block.num_rows
         at_once = f"{threads} call{'s' * (threads > 1)} at once"
-        report(f"compress, {at_once}", seconds / videos, f"device busy {busy_s / seconds:.0%}")
+        table.add(f"compress, {at_once}", seconds / videos, f"device busy {busy_s / seconds:.0%}")
     if run.compress["settings"].device == "cuda":
         gibibytes = torch.cuda.max_memory_allocated() / 2**30
-        print(f"memory at its most, weights included: {gibibytes:.2f} GiB")
+        table.say("memory of compressing, weights included", f"{gibibytes:.2f} GiB at its most")
     return kept
 
 
-def cache_alone(kept: pa.Table, run: Settings, actors: int) -> None:
+def cache_alone(kept: pa.Table, run: Settings, actors: int, table: Table) -> None:
     """Measure how long the kept tokens of a video take to become durable."""
     stage = WriteCache(run.storage, f"{run.run_folder}-alone", run.run_id)
     runs = []
@@ -133,41 +161,114 @@ def cache_alone(kept: pa.Table, run: Settings, actors: int) -> None:
         start = time.perf_counter()
         stage(kept)
         runs.append((time.perf_counter() - start) / kept.num_rows / actors)
-    report(f"cache, {actors} actors", sorted(runs)[1])
+    table.add(f"cache, {actors} actors", sorted(runs)[1])
 
 
-def steady_state(config: CaptionConfig, edge: int) -> tuple[int, float]:
-    """Return how many videos became durable in the middle of the run, and in how many seconds.
+@contextmanager
+def watched_gpu() -> Iterator[list[tuple[float, int]]]:
+    """Note how busy the GPU is, as (time, percent), a few times a second; nothing without one."""
+    samples: list[tuple[float, int]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            samples.append((time.time(), torch.cuda.utilization(0)))
+
+    thread = threading.Thread(target=watch)
+    known = torch.cuda.is_available() and find_spec("pynvml") is not None
+    if known:
+        thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        if known:
+            thread.join()
+
+
+@dataclass(frozen=True)
+class Middle:
+    """The middle of a run: no stage fills up any more, or drains."""
+
+    begin: float
+    end: float
+    video_keys: frozenset[str]  # of the videos that became durable in it
+
+    @property
+    def seconds(self) -> float:
+        """Return how long it was."""
+        return self.end - self.begin
+
+
+def middle_of(config: CaptionConfig, edge: int) -> Middle:
+    """Return the run without its first and last `edge` videos.
 
     A file of the cache counts with the time it was written.
     """
     storage = Storage(config.storage)
     [folder] = token_cache.find_folders(storage, config.cache_root)
-    files = token_cache.list_folder(storage, folder).files
-    times = sorted(
-        (max(created).timestamp(), len(created))
-        for created in (
-            read_columns(storage, file, ["created_at"]).column(0).to_pylist() for file in files
-        )
+    files = []
+    for name in token_cache.list_folder(storage, folder).files:
+        part = read_columns(storage, name, ["video_key", "created_at"])
+        written = max(part.column("created_at").to_pylist()).timestamp()
+        files.append((written, part.column("video_key").to_pylist()))
+    files.sort()
+    after = ", ".join(f"{len(names)} at {written - files[0][0]:.1f}" for written, names in files)
+    print(f"videos durable, seconds behind the first file: {after}")
+    total, seen = sum(len(names) for _, names in files), 0
+    inside: list[tuple[float, list[str]]] = []
+    for written, names in files:
+        seen += len(names)
+        if seen >= edge and (not inside or seen <= total - edge):
+            inside.append((written, names))
+    own = [name for _, names in inside[1:] for name in names]  # the first file's came before it
+    return Middle(inside[0][0], inside[-1][0], frozenset(own))
+
+
+def report_middle(
+    config: CaptionConfig,
+    result: Report,
+    middle: Middle,
+    samples: Sequence[tuple[float, int]],
+    table: Table,
+) -> None:
+    """Say how fast the whole was in its middle, and how busy each of its pools."""
+    count, seconds = len(middle.video_keys), middle.seconds
+    slowest = max(
+        table.seconds[part] for part in table.seconds if part != "compress, 1 call at once"
     )
-    total, seen = sum(count for _, count in times), 0
-    middle: list[tuple[float, int]] = []
-    for moment, count in times:
-        seen += count
-        if seen >= edge and (not middle or seen <= total - edge):
-            middle.append((moment, count))
-    videos = sum(count for _, count in middle[1:])  # those of the first file came before it
-    return videos, middle[-1][0] - middle[0][0]
-
-
-def report(part: str, seconds: float, note: str = "") -> None:
-    """Print one line of the table."""
-    print(f"| {part} | {seconds:.3f} | {1 / seconds:.2f} | {note} |", flush=True)
+    table.add(
+        f"**all together**, {count} videos in the middle of {result.videos}",
+        seconds / count,
+        f"{slowest * count / seconds:.0%} of the slowest stage alone",
+    )
+    storage = Storage(config.storage)
+    folder = join(result.output, result.run_id)
+    videos = pa.concat_tables(
+        read_columns(storage, name, ["video_key", "decode_s", "compress_s", "cache_s"])
+        for name in find_run_files(storage, folder)
+        if name.rpartition("/")[2].startswith("videos-")
+    )
+    own = [row for row in videos.to_pylist() if row["video_key"] in middle.video_keys]
+    for stage in result.stages:
+        name = f"{stage.stage}_s"
+        if name in videos.column_names:
+            busy = sum(row[name] for row in own) / stage.actors / seconds
+            table.say(f"{stage.stage}: busy in the middle", f"{busy:.0%} of {stage.actors} actors")
+    used = [percent for moment, percent in samples if middle.begin <= moment <= middle.end]
+    if used:
+        table.say("GPU: kernels running in the middle", f"{sum(used) / len(used):.0f}% of the time")
 
 
 def measure(folder: Path, sizes: Sizes) -> None:
-    """Print the table, then the report of the run."""
+    """Print each figure when it is known, then the report of the run, then the table."""
+    start, table = time.perf_counter(), Table()
+
+    def progress(what: str) -> None:
+        print(f"[{time.perf_counter() - start:.0f} s] {what}", flush=True)
+
     videos = write_corpus(folder / "corpus", sizes)
+    progress("corpus written")
     config = CaptionConfig(
         source=str(folder / "corpus" / "videos"),
         output=str(folder / "output"),
@@ -176,6 +277,7 @@ def measure(folder: Path, sizes: Sizes) -> None:
         compression=CompressionConfig(batch_videos=sizes.batch),
         cache=CacheConfig(videos_per_file=sizes.videos_per_file),
     )
+    progress("model written")
     start_ray()
     configure_ray_data()
     pools = size_pools(config.pools, answers=False)
@@ -183,21 +285,25 @@ def measure(folder: Path, sizes: Sizes) -> None:
     run = make_settings(
         config, model, read_selector(model, ""), uses_gpu=pools.uses_gpu, answers=False
     )
-    print("\n| alone | s a video | videos a s | |\n|---|---|---|---|")
+    progress("Ray started")
     decoder = Decode(**run.decode)
-    [row] = rows.iterate(decoder(rows.build([row_of(videos[0])], rows.IDENTITY)))
+    [row] = decoder.decode(next(rows.iterate(rows.build([row_of(videos[0])], rows.IDENTITY))))
     decoder.close()
+    progress(f"one video decoded in {row['decode_s']:.1f} s")
     block = rows.build([row] * sizes.batch, rows.DECODED)
-    kept = compress_alone(block, run, sizes)
-    cache_alone(kept, run, pools.write_cache.actors)
+    kept = compress_alone(block, run, sizes, table)
+    cache_alone(kept, run, pools.write_cache.actors, table)
     del block, kept
     gc.collect()
-    some = videos[: 2 * pools.decode.actors]
-    report(f"decode, {pools.decode.actors} actors", decode_alone(some, run, pools.decode))
-    result = compress_corpus(config)
-    count, seconds = steady_state(config, sizes.edge)
-    report(f"**all together**, {count} videos in the middle of {len(videos)}", seconds / count)
+    progress("decoding alone")
+    decode_alone(videos[: 3 * pools.decode.actors], run, pools.decode, table)
+    progress("all together")
+    with watched_gpu() as samples:
+        result = compress_corpus(config)
     print(render(result))
+    report_middle(config, result, middle_of(config, sizes.edge), samples, table)
+    progress("done")
+    print(f"\n{table}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -224,10 +330,10 @@ def main(arguments: list[str] | None = None) -> None:
             lambda model: write_random_checkpoint(model, published_config()),
             MediaConfig(),
             *(128, (1280, 720), options.videos),
-            edge=options.videos // 18,
+            edge=options.videos // 8,
             batch=4,
             videos_per_file=4,
-            calls=6,
+            calls=4,
         )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         measure(Path(folder), sizes)

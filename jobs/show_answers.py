@@ -1,6 +1,7 @@
 """Show what a corpus was answered: `python jobs/show_answers.py output=s3://...`."""
 
 import sys
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +22,8 @@ def choose(answers: pa.Table, config: ShowConfig) -> pa.Table:
     ):
         if value:
             answers = answers.filter(pc.equal(answers.column(column), value))
-    return answers.sort_by([("uri", "ascending"), ("prompt_id", "ascending")])
+    order = ("uri", "start_s", "prompt_id")
+    return answers.sort_by([(column, "ascending") for column in order])
 
 
 def printable(text: str) -> str:
@@ -29,8 +31,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() and c != "\ufffd" else "." for c in text)
 
 
+def span(row: dict[str, Any]) -> str:
+    """Return which seconds of its video a row is about, where it is not all of it."""
+    if row["start_s"] is None:
+        return ""
+    end = "" if row["end_s"] is None else f"{row['end_s']:g} s"
+    return f"  {row['start_s']:g} s to {end}".rstrip()
+
+
 def main() -> int:
-    """Print two lines for each answer: the video, and its text or its error."""
+    """Print two lines for each answer: the video or its window, and its text or its error."""
     config = load(ShowConfig, sys.argv[1:])
     try:
         answers = choose(read_answers(config.output, Storage(config.storage)), config)
@@ -38,7 +48,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for row in answers.slice(0, config.limit).to_pylist():
-        print(row["uri"])
+        print(row["uri"] + span(row))
         if row["status"] == "ok":
             print(f"    {printable(row['text'])}")
         else:

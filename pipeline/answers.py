@@ -9,7 +9,7 @@ count no more, and they are deleted when nobody can still be reading them.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -24,7 +24,7 @@ from pipeline import key_index, rows
 from pipeline.errors import StartupError
 from pipeline.keys import plain
 from pipeline.parquet import UNREADABLE, count_rows, read_columns
-from pipeline.readers_view import seen_by_readers
+from pipeline.readers_view import objects, seen_by_readers
 from pipeline.retry import is_given_up
 from pipeline.storage import Storage, StorageError, join
 
@@ -172,23 +172,30 @@ def is_answers(uri: str) -> bool:
 def read_answers(output: str, storage: Storage, *, committed_only: bool = True) -> pa.Table:
     """Return what readers see: one row of rows.ANSWERS for each (video_key, prompt_id).
 
-    An answer beats a failure, then the latest row wins. When an object has changed, its newer key
-    supersedes the older ones of the same uri; an object that could not be found or named (a
-    failure of `source`) supersedes nothing. What was answered about an object before it was
-    deleted is gone. With `committed_only=False` also rows of runs that were killed or still go on.
+    Where `media.window_s` cut the video, `video_key` is its window's; start_s and end_s say which.
+    An answer beats a failure, then the latest row wins. When an object has changed, or is cut in
+    another way, its newer rows supersede the older ones of the same uri; an object that could not
+    be found or named (a failure of `source`) supersedes nothing. What was answered about an object
+    before it was deleted is gone. With `committed_only=False` also rows of runs that were killed or
+    still go on.
     """
     files = find_files(output, storage)
     uris = [*files.committed, *(() if committed_only else files.orphans)]
     uris = [uri for uri in uris if is_answers(uri)]
     with ThreadPoolExecutor(_READERS) as pool:
         read = pool.map(lambda uri: read_columns(storage, uri, rows.ANSWERS.names), uris)
-        tables = map(rows.with_choices, read)
+        tables = (rows.completed(table, rows.ANSWERS.names, rows.ANSWERS) for table in read)
         table = pa.concat_tables([rows.ANSWERS.empty_table(), *tables])
     return seen_by_readers(table)
 
 
 # A question as it is asked: video_key, prompt_id, prompt, choices where it has some.
 Ask = tuple[str, str, str] | tuple[str, str, str, Sequence[str] | None]
+
+
+def ask_of(video_key: str, prompt: Mapping[str, Any]) -> Ask:
+    """Return the question that a prompt (rows.PROMPT) is to a video."""
+    return video_key, prompt["prompt_id"], prompt["prompt"], prompt["choices"]
 
 
 def ask_key(
@@ -209,6 +216,10 @@ class Failure:
     stage: str
     error_type: str
     message: str
+
+    def of(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row that fails with it."""
+        return rows.failed(row, self.stage, self.error_type, self.message)
 
 
 class AnswerIndex:
@@ -259,7 +270,8 @@ class AnswerIndex:
         # What readers see is settled among all rows, those of other settings included.
         seen = seen_by_readers(seen)
         found = pc.fill_null(pc.not_equal(seen.column("error_stage"), "source"), True)
-        self.videos = seen.filter(found).select(["uri", "video_key"])
+        of_objects = pa.table({"uri": seen.column("uri"), "video_key": objects(seen)})
+        self.videos = of_objects.filter(found)
         done = seen.filter(pc.and_(seen.column("own"), pc.equal(seen.column("status"), "ok")))
         asks = b"".join(done.column("ask").to_pylist())
         self._answered = key_index.KeyIndex(np.frombuffer(asks, key_index.KEY))
@@ -306,6 +318,9 @@ _SEEN = pa.schema(
             rows.ANSWERS.field(name)
             for name in (
                 "video_key",
+                "object_key",
+                "window_s",
+                "start_s",
                 "uri",
                 "prompt_id",
                 "status",
@@ -335,7 +350,7 @@ def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:
     stored = [name for name in _SEEN.names if name in rows.ANSWERS.names]
     columns = [*stored, "prompt", "choices", "fingerprint"]
     try:
-        table = rows.with_choices(read_columns(storage, uri, columns)).select(columns)
+        table = rows.completed(read_columns(storage, uri, columns), columns, rows.ANSWERS)
     except (*UNREADABLE, StorageError) as error:
         log.warning("answers file %s cannot be read, it is left out: %s", uri, error)
         return None

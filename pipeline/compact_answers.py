@@ -30,7 +30,11 @@ from pipeline.storage import Storage, StorageError, join
 
 _ASK = ["video_key", "prompt_id", "prompt", "fingerprint"]
 # What settles which rows are kept.
-_SETTLES = [*_ASK, "uri", "status", "error_stage", "error_type", "attempts", "created_at"]
+_SETTLES = [
+    *_ASK,
+    *("object_key", "window_s", "start_s"),
+    *("uri", "status", "error_stage", "error_type", "attempts", "created_at"),
+]
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def _settled(storage: Storage, uris: Sequence[str], *, answers: bool) -> list[_F
     schema = pa.schema((rows.ANSWERS if answers else rows.VIDEOS).field(name) for name in columns)
     tables = []
     for number, uri in enumerate(uris):
-        table = _read(storage, uri, columns).cast(schema)
+        table = _read(storage, uri, schema).cast(schema)
         length = table.num_rows
         table = table.append_column("file", pa.array(np.full(length, number, np.int64)))
         tables.append(table.append_column("row", pa.array(np.arange(length))))
@@ -174,20 +178,18 @@ def _batches(
 
 def _copy(storage: Storage, batch: Sequence[_File], uri: str, schema: pa.Schema) -> None:
     """Write the kept rows of some files as one, and see that they can be read back."""
-    tables = [_read(storage, file.uri, schema.names).cast(schema).take(file.rows) for file in batch]
+    tables = [_read(storage, file.uri, schema).cast(schema).take(file.rows) for file in batch]
     merged = pa.concat_tables([schema.empty_table(), *tables])
     sink = pa.BufferOutputStream()
     pq.write_table(merged, sink, compression="zstd", write_page_checksum=True)
     storage.write(uri, sink.getvalue())
-    if not _read(storage, uri, schema.names).cast(schema).equals(merged):
+    if not _read(storage, uri, schema).cast(schema).equals(merged):
         raise StorageError("storage_error", f"{uri}: reads back as other rows than were written")
 
 
-def _read(storage: Storage, uri: str, columns: Sequence[str]) -> pa.Table:
+def _read(storage: Storage, uri: str, schema: pa.Schema) -> pa.Table:
     try:
-        table = read_columns(storage, uri, columns)
-        table = rows.with_choices(table) if "choices" in columns else table
-        return table.select(list(columns))
+        return rows.completed(read_columns(storage, uri, schema.names), schema.names, schema)
     except UNREADABLE as error:
         raise StartupError(
             f"output: {uri} cannot be read ({error}), so nothing is dropped; jobs/verify.py names "
@@ -204,7 +206,7 @@ def _delete(storage: Storage, output: str, *, before: datetime) -> Compaction:
             done += Compaction(waiting=len(gone))
         elif gone:
             for uri in each.listed(output):
-                _read(storage, uri, (rows.ANSWERS if is_answers(uri) else rows.VIDEOS).names)
+                _read(storage, uri, rows.ANSWERS if is_answers(uri) else rows.VIDEOS)
             for uri in gone:
                 storage.delete(uri)
                 found.pop(uri)

@@ -9,6 +9,8 @@ from omnisift.compress import DropShares, drop_shares
 from omnisift.methods import METHODS, TRAINED_METHODS
 from pipeline.redaction import holds_secret
 
+CHUNK_S = 2.0  # of the model's interleaving: what windows are multiples of
+
 
 def _key(default: Any, text: str) -> Any:
     """Declare one key: its default and the line that `--help` and the README print."""
@@ -56,6 +58,9 @@ class MediaConfig:
     min_pixels: int = _key(128 * 28 * 28, "a frame is enlarged to at least this many pixels")
     max_pixels: int = _key(256 * 28 * 28, "a frame is shrunk to at most this many pixels")
     max_audio_s: float = _key(300.0, "seconds of sound used; the published processor takes 300")
+    window_s: float = _key(
+        0.0, "longer videos are cut into windows of so many seconds, a row each; 0: they are whole"
+    )
     timestamps: str = _key(
         "seconds", "seconds: as they are; nominal: the reference's fixed 2 frames a second"
     )
@@ -81,6 +86,18 @@ class MediaConfig:
         )
         _require(0 < self.max_audio_s <= 300, "media.max_audio_s", "in (0, 300]", self.max_audio_s)
         _require(
+            self.window_s == 0
+            or (
+                self.window_s % CHUNK_S == 0
+                and (self.window_s * self.fps) % 2 == 0
+                and CHUNK_S <= self.window_s <= self.max_audio_s - CHUNK_S
+            ),
+            "media.window_s",
+            f"0, or a multiple of {CHUNK_S:g} s (a chunk) with an even number of frames at "
+            f"media.fps, at most {CHUNK_S:g} s below media.max_audio_s",
+            self.window_s,
+        )
+        _require(
             self.timestamps in ("seconds", "nominal"),
             "media.timestamps",
             "'seconds' or 'nominal'",
@@ -95,7 +112,9 @@ class MediaConfig:
 class DecodeConfig:
     """Limits of the child process that decodes."""
 
-    deadline_s: float = _key(600.0, "seconds one video may take; then error_type decode_timeout")
+    deadline_s: float = _key(
+        600.0, "seconds a video, or a window, may take; then error_type decode_timeout"
+    )
     probe_s: float = _key(60.0, "seconds until a file is understood; then error_type probe_timeout")
     memory_limit_bytes: int = _key(4 << 30, "address space of the child beyond its start")
     max_size_bytes: int = _key(16 << 30, "larger objects are refused as too_large")
@@ -434,6 +453,8 @@ class TrainConfig:
         _require(0 <= self.warmup_share < 1, "warmup_share", "in [0, 1)", self.warmup_share)
         for name in ("weight_decay", "exploration"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        window_s = self.media.window_s
+        _require(window_s == 0, "media.window_s", "0 (training reads whole clips)", window_s)
         share = self.max_skipped_share
         _require(0 <= share <= 1, "max_skipped_share", "in [0, 1]", share)
         _require(

@@ -1,9 +1,10 @@
 """Decode one video file, and the child process that does so for `decoder_process`.
 
 The child (`python -m pipeline.decoder ARGUMENTS`) reads one JSON object a line with the path of a
-file, says that it has taken it, then that it understands it, and answers with one line: either what
-it found, with the frames and the sound in the shared file it was given, or an `error_type` and a
-`message`. It has no credentials, sees no uri, and works under limits of the system.
+file, says that it has taken it, then that it understands it, then where it cuts it, and answers
+with one line for each window: either what it found, with the frames and the sound in the shared
+file it was given, or an `error_type` and a `message`. Between two windows it waits for a line,
+since they share the file. It has no credentials, sees no uri, and works under limits of the system.
 """
 
 import json
@@ -14,8 +15,10 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from mmap import mmap
 from pathlib import Path
 from typing import Any, TextIO
@@ -45,7 +48,8 @@ from pipeline.media_index import (
     open_media,
     video_stream,
 )
-from pipeline.media_sound import read_sound
+from pipeline.media_sound import SoundReader
+from pipeline.media_windows import Window, cut
 
 _MEBIBYTE = 1 << 20
 _MAX_OPEN_FILES = 64  # pipes, the video, and what libraries load late
@@ -74,72 +78,131 @@ class ChildArguments:
 Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
 
 
-def decode_file(
-    path: Path,
-    media: MediaConfig,
-    limits: DecodeConfig,
-    *,
-    allocate: Allocate | None = None,
-    understood: Callable[[], None] | None = None,
-) -> Decoded:
-    """Sample frames by time and read the sound; `allocate` gives the array the frames go to.
+class Film:
+    """A file that is within the limits, and what it shows when: it is decoded window by window."""
 
-    `understood` is called when the file is within the limits by what it says of itself: nothing has
-    been decoded before. Raises DecodeError for whatever is wrong with the file.
-    """
-    with open_media(path) as container:
-        check_container(
-            container, max_streams=limits.max_streams, max_duration_s=limits.max_duration_s
+    def __init__(
+        self,
+        path: Path,
+        media: MediaConfig,
+        limits: DecodeConfig,
+        *,
+        understood: Callable[[], None] | None = None,
+    ) -> None:
+        """Find out where each frame lies; nothing is decoded yet.
+
+        `understood` is called when the file is within the limits by what it says of itself, before
+        all of it is read. Raises DecodeError for whatever is wrong with the file.
+        """
+        self._path, self._media, self._limits = path, media, limits
+        with open_media(path) as container:
+            check_container(
+                container, max_streams=limits.max_streams, max_duration_s=limits.max_duration_s
+            )
+            stream = video_stream(container)
+            check_size(stream, max_source_pixels=limits.max_source_pixels)
+            if understood is not None:
+                understood()
+            self._index = index_video(container, stream)
+        check_duration(self._index.duration_s, max_duration_s=limits.max_duration_s)
+        self.windows = cut(self._index.duration_s, media.window_s)
+
+    @contextmanager
+    def sound(self) -> Iterator[SoundReader]:
+        """Open the sound, for all windows in their order."""
+        with open_media(self._path) as container:
+            yield SoundReader(container, origin_s=self._index.origin_s)
+
+    def decode(
+        self, window: Window, sound: SoundReader, allocate: "Allocate | None" = None
+    ) -> Decoded:
+        """Sample the frames of a window by time, and read its sound.
+
+        `allocate` gives the array the frames go to. Raises DecodeError.
+        """
+        frames, fps = self._frames(window, allocate or _empty)
+        longest_s = self._media.max_audio_s
+        if not window.is_last:  # behind the pictures sound may go on
+            longest_s = min(longest_s, window.duration_s)
+        audio = sound.read(window.start_s, window.start_s + longest_s)
+        return Decoded(
+            frames=frames,
+            audio=np.zeros(0, dtype=np.float32) if audio is None else audio,
+            duration_s=window.duration_s,
+            fps=fps,
+            has_audio=audio is not None,
         )
-        stream = video_stream(container)
-        check_size(stream, max_source_pixels=limits.max_source_pixels)
-        if understood is not None:
-            understood()
-        index = index_video(container, stream)
-    check_duration(index.duration_s, max_duration_s=limits.max_duration_s)
-    times_s, fps = sample_times(index.duration_s, fps=media.fps, max_frames=media.max_frames)
-    numbers = index.frames_at(times_s)
-    # A frame that is wanted twice is decoded once.
-    distinct, places = np.unique(numbers, return_inverse=True)
-    frames: NDArray[np.uint8] | None = None
-    with open_media(path) as container:  # again: a demuxer that met its end may not seek back
-        stream = video_stream(container)
-        if media.reader == "decord":
-            from pipeline.media_decord import read_frames_decord  # its FFmpeg only where wanted
 
-            pictures = read_frames_decord(path, distinct.tolist())
-        else:
-            pictures = read_frames(container, stream, index, distinct.tolist())
-        for place, picture in enumerate(pictures):
-            if frames is None:
-                height, width, _ = picture.shape
-                if height * width > limits.max_source_pixels:
-                    check_size(stream, max_source_pixels=limits.max_source_pixels)
-                size = frame_size(
-                    height, width, min_pixels=media.min_pixels, max_pixels=media.max_pixels
-                )
-                frames = (allocate or _empty)((len(times_s), *size, 3))
-            # One by one: memory stays that of a single picture, whatever its size.
-            resized = resize_frames(torch.from_numpy(picture)[None], size)[0]
-            frames[places == place] = resized.numpy()
-    assert frames is not None  # there is at least one number
-    with open_media(path) as container:
-        audio = read_sound(container, origin_s=index.origin_s, max_s=media.max_audio_s)
-    return Decoded(
-        frames=frames,
-        audio=np.zeros(0, dtype=np.float32) if audio is None else audio,
-        duration_s=index.duration_s,
-        fps=fps,
-        has_audio=audio is not None,
-    )
+    def _frames(self, window: Window, allocate: "Allocate") -> tuple[NDArray[np.uint8], float]:
+        media, limits = self._media, self._limits
+        times_s, fps = sample_times(window.duration_s, fps=media.fps, max_frames=media.max_frames)
+        numbers = self._index.frames_at(window.start_s + times_s)
+        # A frame that is wanted twice is decoded once.
+        distinct, places = np.unique(numbers, return_inverse=True)
+        frames: NDArray[np.uint8] | None = None
+        # Opened again: a demuxer that met its end may not seek back.
+        with open_media(self._path) as container:
+            stream = video_stream(container)
+            if media.reader == "decord":
+                from pipeline.media_decord import read_frames_decord  # its FFmpeg where wanted
+
+                pictures = read_frames_decord(self._path, distinct.tolist())
+            else:
+                pictures = read_frames(container, stream, self._index, distinct.tolist())
+            for place, picture in enumerate(pictures):
+                if frames is None:
+                    height, width, _ = picture.shape
+                    if height * width > limits.max_source_pixels:
+                        check_size(stream, max_source_pixels=limits.max_source_pixels)
+                    size = frame_size(
+                        height, width, min_pixels=media.min_pixels, max_pixels=media.max_pixels
+                    )
+                    frames = allocate((len(times_s), *size, 3))
+                # One by one: memory stays that of a single picture, whatever its size.
+                resized = resize_frames(torch.from_numpy(picture)[None], size)[0]
+                frames[places == place] = resized.numpy()
+        assert frames is not None  # there is at least one number
+        return frames, fps
+
+
+def decode_file(path: Path, media: MediaConfig, limits: DecodeConfig) -> Decoded:
+    """Decode a file that is not cut. Raises DecodeError for whatever is wrong with it."""
+    film = Film(path, media, limits)
+    [window] = film.windows
+    with film.sound() as sound:
+        return film.decode(window, sound)
 
 
 def _empty(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return np.empty(shape, dtype=np.uint8)
 
 
-def _decode_into(work: "_Work", path: Path) -> Any:
-    """Decode into the shared file; return the line that describes it."""
+def _serve(work: "_Work", path: Path, skip: Container[int]) -> None:
+    """Decode a file into the shared file, window by window; say every fault as an error_type."""
+    try:
+        understood = partial(work.say, {"understood": True})
+        film = Film(path, work.media, work.limits, understood=understood)
+        left = film.windows
+        if len(left) > 1:
+            work.say({"cut_s": left[-1].end_s})
+            left = [window for window in left if window.number not in skip]
+        found = None
+        with film.sound() as sound:
+            for window in left:
+                if found is not None:
+                    work.say(found)
+                    if not work.go_on():
+                        return
+                    _limit_cpu(work.limits)
+                found = _guarded(partial(_decode_into, work, film, window, sound), work.limits)
+        if found is not None:  # last, when no file is open any more
+            work.say(found)
+    except _FAULTS as error:
+        work.say({**_fault(error, work.limits), "ended": True})
+
+
+def _decode_into(work: "_Work", film: Film, window: Window, sound: SoundReader) -> Any:
+    """Decode a window into the shared file; return the line that describes it."""
     shared_fd = work.shared_fd
 
     def allocate(shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -147,13 +210,7 @@ def _decode_into(work: "_Work", path: Path) -> Any:
         os.ftruncate(shared_fd, size_bytes)
         return np.frombuffer(mmap(shared_fd, size_bytes), dtype=np.uint8).reshape(shape)
 
-    decoded = decode_file(
-        path,
-        work.media,
-        work.limits,
-        allocate=allocate,
-        understood=lambda: work.say({"understood": True}),
-    )
+    decoded = film.decode(window, sound, allocate)
     frames_bytes = decoded.frames.nbytes
     os.ftruncate(shared_fd, frames_bytes + decoded.audio.nbytes)
     written = 0
@@ -169,20 +226,26 @@ def _decode_into(work: "_Work", path: Path) -> Any:
     }
 
 
-def _answer(work: "_Work", path: Path) -> Any:
-    """Decode one file; say every fault of the file as an error_type."""
+_FAULTS = (DecodeError, MemoryError, RuntimeError, av.FFmpegError)
+
+
+def _guarded(decode: Callable[[], Any], limits: DecodeConfig) -> Any:
     try:
-        return _decode_into(work, path)
-    except DecodeError as error:
+        return decode()
+    except _FAULTS as error:
+        return _fault(error, limits)
+
+
+def _fault(error: Exception, limits: DecodeConfig) -> Any:
+    """Say a fault of the file, or raise what is none."""
+    if isinstance(error, DecodeError):
         return {"error_type": error.error_type, "message": error.message}
-    except MemoryError:
-        return _out_of_memory(work.limits)
-    except RuntimeError as error:
-        if "allocate memory" in str(error):  # torch has no class of its own for this
-            return _out_of_memory(work.limits)
-        raise
-    except av.FFmpegError as error:
+    # torch has no class of its own for memory
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return _out_of_memory(limits)
+    if isinstance(error, av.FFmpegError):
         return {"error_type": "decode_error", "message": f"{error}; the file may be damaged"}
+    raise error
 
 
 def _out_of_memory(limits: DecodeConfig) -> Any:
@@ -235,9 +298,18 @@ class _Work:
     limits: DecodeConfig
     shared_fd: int
     answers: TextIO
+    requests: "queue.SimpleQueue[str]"
 
     def say(self, line: Any) -> None:
         self.answers.write(json.dumps(line) + "\n")
+
+    def go_on(self) -> bool:
+        """Wait for a line; False when it is about another file: nobody wants this one any more."""
+        line = self.requests.get()
+        if "path" not in json.loads(line):
+            return True
+        self.requests.put(line)
+        return False
 
 
 def main() -> None:
@@ -249,17 +321,18 @@ def main() -> None:
     av.logging.set_level(av.logging.FATAL)
     torch.set_num_threads(1)
     media, limits = MediaConfig(**arguments.media), DecodeConfig(**arguments.limits)
-    work = _Work(media, limits, arguments.shared_fd, answers)
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    work = _Work(media, limits, arguments.shared_fd, answers, requests)
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
     resize_frames(torch.zeros((1, 8, 8, 3), dtype=torch.uint8), (28, 28))  # loads what is lazy
     _limit_resources(media, limits)
     work.say({"ready": True})
     while True:
-        path = Path(json.loads(requests.get())["path"])
-        _limit_cpu(limits)
-        work.say({"taken": True})
-        work.say(_answer(work, path))
+        request = json.loads(requests.get())
+        if "path" in request:  # else it asks for more of a file that was given up
+            _limit_cpu(limits)
+            work.say({"taken": True})
+            _serve(work, Path(request["path"]), frozenset(request["skip"]))
 
 
 def child_arguments(media: MediaConfig, limits: DecodeConfig, *, shared_fd: int) -> str:

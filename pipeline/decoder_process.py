@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ from typing import IO, Any
 from pipeline.config import DecodeConfig, MediaConfig
 from pipeline.decoder import child_arguments
 from pipeline.media_index import DecodeError
+from pipeline.media_windows import Window, cut
 
 _START_S = 300.0  # importing torch from a cold network disk
 _TAKE_S = 60.0  # an idle child takes a file at once, or it is stuck
@@ -93,20 +95,61 @@ class DecoderProcess:
             self._finalizer()
 
     def decode(self, path: Path) -> DecodedBytes:
-        """Decode a file. Raises DecodeError for a fault of the file; the next one is unharmed."""
+        """Decode a file that is not cut. Raises DecodeError; the next file is unharmed."""
+        [(_, found)] = self.decode_windows(path)
+        if isinstance(found, DecodeError):
+            raise found
+        return found
+
+    def decode_windows(
+        self, path: Path, skip: Sequence[int] = ()
+    ) -> Iterator[tuple[Window | None, DecodedBytes | DecodeError]]:
+        """Decode a file window by window, but for those of `skip`; None stands for all of it.
+
+        A window that cannot be decoded is a fault of its own. Behind one that hangs, crashes or
+        swells the child the others are not tried: they have the same fault.
+        """
         self.start()
-        if not self._offer(path):  # lost while idle, which is not the fault of this file
+        request = {"path": str(path), "skip": list(skip)}
+        if not self._offer(request):  # lost while idle, which is not the fault of this file
             self.stop()
             self.start()
-            self._offer(path)
-        answer = self._await("probe_timeout", self._limits.probe_s, "decode.probe_s")
-        if "understood" in answer:
-            answer = self._await("decode_timeout", self._limits.deadline_s, "decode.deadline_s")
-        if "error_type" in answer:
-            if answer["error_type"] == "out_of_memory":
-                self.stop()  # what it holds on to would be missing for the next file
-            raise DecodeError(answer["error_type"], answer["message"])
-        return self._collect(answer)
+            self._offer(request)
+        left: list[Window | None] = [None]
+        try:
+            answer = self._await("probe_timeout", self._limits.probe_s, "decode.probe_s")
+            if "understood" in answer:
+                answer = self._await_decoded()
+            if "cut_s" in answer:
+                # A child that was led astray could say anything: at most what is let in.
+                duration_s = min(answer["cut_s"], self._limits.max_duration_s)
+                windows = cut(duration_s, self._media.window_s)
+                left = [window for window in windows if window.number not in skip]
+                answer = self._await_decoded() if left else {}
+            while left:
+                found, goes_on = self._found(answer)
+                yield left.pop(0), found
+                if left and goes_on:
+                    self._send({"next": True})
+                    answer = self._await_decoded()
+                elif left:
+                    assert isinstance(found, DecodeError)
+                    raise found
+        except DecodeError as error:
+            yield from ((window, error) for window in left)
+
+    def _found(self, answer: dict[str, Any]) -> tuple[DecodedBytes | DecodeError, bool]:
+        """Return what the child says of a window, and whether it waits to go on."""
+        if "error_type" not in answer:
+            return self._collect(answer), True
+        swollen = answer["error_type"] == "out_of_memory"
+        if swollen:
+            self.stop()  # what it holds on to would be missing for the next file
+        error = DecodeError(answer["error_type"], answer["message"])
+        return error, not swollen and "ended" not in answer
+
+    def _await_decoded(self) -> dict[str, Any]:
+        return self._await("decode_timeout", self._limits.deadline_s, "decode.deadline_s")
 
     def _await(self, error_type: str, limit_s: float, key: str) -> dict[str, Any]:
         """Return the next line on a file; a child that gives none in time is no more."""
@@ -145,17 +188,19 @@ class DecoderProcess:
             has_audio=answer["has_audio"],
         )
 
-    def _offer(self, path: Path) -> bool:
+    def _offer(self, request: dict[str, Any]) -> bool:
         """Hand a file to the child; False when it is not there to take it."""
-        assert self._child is not None
         self._stderr.truncate(0)
-        request = json.dumps({"path": str(path)}).encode() + b"\n"
         try:
-            _pipe(self._child.stdin).write(request)
-            _pipe(self._child.stdin).flush()
+            self._send(request)
         except BrokenPipeError:
             return False
         return self._hear(time.monotonic() + _TAKE_S) is not None
+
+    def _send(self, line: dict[str, Any]) -> None:
+        assert self._child is not None
+        _pipe(self._child.stdin).write(json.dumps(line).encode() + b"\n")
+        _pipe(self._child.stdin).flush()
 
     def _hear(self, deadline: float) -> dict[str, Any] | None:
         """Return the next line, or None when the deadline passes or the child ends.

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pipeline import key_index, keys, rows, token_cache
 from pipeline.answers import find_files
 from pipeline.parquet import UNREADABLE, read_columns
-from pipeline.readers_view import DELETED
+from pipeline.readers_view import DELETED, objects
 from pipeline.storage import Storage, StorageError, join
 from pipeline.token_cache import CacheIndex
 
@@ -97,22 +97,28 @@ def _in_blocks(
 
 
 def known_videos(storage: Storage, output: str, seen: pa.Table, cached: CacheIndex) -> pa.Table:
-    """Return uri and video_key of what readers see, and of what has tokens without an answer."""
+    """Return uri and video_key of what readers see, and of what has tokens without an answer.
+
+    The key is that of the object, also where it is cut into windows.
+    """
     tables = [seen.select(_VIDEOS.names).cast(_VIDEOS)]
     for table in _read_videos(storage, output):
         places = cached.locate(table.column("video_key").to_pylist())
-        tables.append(table.filter(pa.array([place is not None for place in places], pa.bool_())))
+        kept = table.filter(pa.array([place is not None for place in places], pa.bool_()))
+        tables.append(pa.table([kept.column("uri"), objects(kept)], schema=_VIDEOS))
     return pa.concat_tables(tables).group_by(_VIDEOS.names).aggregate([])
 
 
 def _read_videos(storage: Storage, output: str) -> Iterable[pa.Table]:
     files = find_files(output, storage)
+    names = [*_VIDEOS.names, "object_key"]
+    schema = pa.schema(rows.VIDEOS.field(name) for name in names)
 
     def read(uri: str) -> pa.Table:
         try:
-            return read_columns(storage, uri, _VIDEOS.names).select(_VIDEOS.names).cast(_VIDEOS)
+            return rows.completed(read_columns(storage, uri, names), names, schema).cast(schema)
         except UNREADABLE:
-            return _VIDEOS.empty_table()  # jobs/verify.py names it
+            return schema.empty_table()  # jobs/verify.py names it
 
     uris = [uri for uri in (*files.committed, *files.orphans) if "/videos-" in uri]
     with ThreadPoolExecutor(_READERS) as pool:

@@ -51,6 +51,15 @@ def video_key(info: ObjectInfo, *, root: str, content_sha256: str | None = None)
     return _digest("local", path, info.size_bytes, info.mtime_ns)
 
 
+def window_key(video_key: str, window_s: float, number: int, *, last: bool) -> str:
+    """Return the key of a window of a video that is cut every `window_s` seconds.
+
+    Whether it is the last is part of it: which windows a video has is then known from the keys
+    that an index holds, without asking the video again.
+    """
+    return _digest("window", video_key, float(window_s), number, last)
+
+
 def missing_key(uri: str) -> str:
     """Return the key of an object that could not be probed, or of a broken manifest line."""
     return _digest("missing", without_credentials(uri))

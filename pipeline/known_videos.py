@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import keys
+from pipeline import keys, rows
 from pipeline.answers import find_files
 from pipeline.parquet import UNREADABLE, read_columns
 from pipeline.storage import S3, ObjectInfo, Storage, StorageError
@@ -17,7 +17,7 @@ from pipeline.token_cache import CacheIndex
 
 _PROBES = 64  # requests in flight: a probe is all latency
 _READERS = 32
-_COLUMNS = ("video_key", "uri", "size_bytes", "etag")
+_COLUMNS = ("video_key", "object_key", "uri", "size_bytes", "etag")
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,21 @@ class _Known:
     uri: str
     size_bytes: int | None  # the cache does not keep it
     etag: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """The object behind a key, and its own key: the one that was asked for may be a window's."""
+
+    info: ObjectInfo
+    key: str
 
 
 def find_videos(
     storage: Storage, output: str, cached: CacheIndex, video_keys: Sequence[str]
-) -> dict[str, ObjectInfo | str]:
-    """Return the object of each key, or in words why there is none.
+) -> dict[str, Found | str]:
+    """Return the object of each key, or in words why there is none; a window's is its video's.
 
     An object that has changed since is refused, since its old tokens would answer for the new
     one: by key in S3, by size on a disk, where a key depends on the folder it was listed from.
@@ -50,21 +59,22 @@ def _listed(storage: Storage, output: str, video_keys: Sequence[str]) -> dict[st
 
     def read(uri: str) -> list[dict[str, Any]]:
         try:
-            table = read_columns(storage, uri, _COLUMNS)
-            found: list[dict[str, Any]] = table.filter(
-                pc.is_in(table.column("video_key"), wanted)
-            ).to_pylist()
+            table = rows.completed(read_columns(storage, uri, _COLUMNS), _COLUMNS, rows.VIDEOS)
         except UNREADABLE:
             return []  # its keys are not found; jobs/verify.py names the file
+        # The key of a row is its window's, where the video was cut.
+        own, whole = (pc.is_in(table.column(n), wanted) for n in ("video_key", "object_key"))
+        found: list[dict[str, Any]] = table.filter(pc.or_(own, whole)).to_pylist()
         return found
 
     uris = [uri for uri in (*files.committed, *files.orphans) if "/videos-" in uri]
+    known: dict[str, _Known] = {}
     with ThreadPoolExecutor(_READERS) as pool:
-        return {
-            row["video_key"]: _Known(row["uri"], row["size_bytes"], row["etag"] or "")
-            for rows in pool.map(read, sorted(uris))
-            for row in rows
-        }
+        for row in chain.from_iterable(pool.map(read, sorted(uris))):
+            key = row["object_key"] or row["video_key"]
+            video = _Known(row["uri"], row["size_bytes"], row["etag"] or "", key)
+            known |= {row["video_key"]: video, key: video}
+    return known
 
 
 def _cached(storage: Storage, cached: CacheIndex, video_keys: Sequence[str]) -> dict[str, _Known]:
@@ -76,23 +86,23 @@ def _cached(storage: Storage, cached: CacheIndex, video_keys: Sequence[str]) -> 
     known: dict[str, _Known] = {}
     for file, group in groupby(places, key=lambda place: place[0]):
         uris = read_columns(storage, file, ["uri"]).column("uri")
-        known |= {key: _Known(uris[row].as_py(), None, "") for _, row, key in group}
+        known |= {key: _Known(uris[row].as_py(), None, "", key) for _, row, key in group}
     return known
 
 
-def _probe(storage: Storage, key: str, known: _Known | None) -> ObjectInfo | str:
+def _probe(storage: Storage, key: str, known: _Known | None) -> Found | str:
     if known is None:
         return f"video_key {key} is in no earlier run of this output and not in the cache"
     try:
         info = storage.stat(known.uri)
     except StorageError as error:
         if error.error_type == "not_found":
-            return ObjectInfo(known.uri, known.size_bytes or 0, known.etag, 0)
+            return Found(ObjectInfo(known.uri, known.size_bytes or 0, known.etag, 0), known.key)
         return f"video_key {key}: {error}"
     if known.uri.startswith(S3):
-        same = keys.video_key(info, root="") == key
+        same = keys.video_key(info, root="") == known.key
     else:
         same = known.size_bytes in (None, info.size_bytes)
     if same:
-        return info
+        return Found(info, known.key)
     return f"video_key {key} is of an older {known.uri}; name its uri to ask about the new one"

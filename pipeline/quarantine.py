@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ class Ledger:
         self._open: dict[tuple[str, str], bool] = {}  # whether it was begun alone
         self._suspects: set[tuple[str, str]] = set()
         self._deaths: Counter[tuple[str, str]] = Counter()
+        self._pieces: Counter[tuple[str, str]] = Counter()  # handed on by the longest try
 
     def begin(self, stage: str, video_keys: Sequence[str], *, alone: bool) -> int | None:
         """Note that a worker begins these videos; `alone`: it has nothing else in hand.
@@ -49,9 +51,19 @@ class Ledger:
         for key in video_keys:
             self._open.pop((stage, key), None)
 
+    def hand_on(self, stage: str, video_keys: Sequence[str], pieces: int) -> None:
+        """Note that a worker is about to hand on so many pieces of these videos in all."""
+        for key in video_keys:
+            self._pieces[(stage, key)] = max(self._pieces[(stage, key)], pieces)
+
+    def handed_on(self, stage: str, video_key: str) -> int:
+        """Return how many pieces of a video have been handed on at most."""
+        return self._pieces[(stage, video_key)]
+
     def end(self, stage: str, video_keys: Sequence[str]) -> None:
         """Note that a worker has done these videos."""
         for key in video_keys:
+            self._pieces.pop((stage, key), None)
             self._open.pop((stage, key), None)
             self._suspects.discard((stage, key))
             self._deaths.pop((stage, key), None)
@@ -116,29 +128,54 @@ class Guarded:
         self._name = stage.__name__.lower()
         self._ledger = ledger
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Return what the stage makes of a block; after a death, of each of its rows alone."""
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        """Yield what the stage makes of a block; after a death, of each of its rows alone."""
         video_keys = block.column("video_key").to_pylist()
         with self._gate.together():
             alone = len(video_keys) == 1 and not self._overlaps
             deaths = ray.get(self._ledger.begin.remote(self._name, video_keys, alone=alone))
             if deaths is None:
-                done = self._stage(block)
+                yield from self._run(block, video_keys)
                 ray.get(self._ledger.end.remote(self._name, video_keys))
-                return done
+                return
         ray.get(self._ledger.put_back.remote(self._name, video_keys))
-        return pa.concat_tables(
-            self._alone(key, block.slice(row, 1)) for row, key in enumerate(video_keys)
-        )
+        for row, key in enumerate(video_keys):
+            yield from self._alone(key, block.slice(row, 1))
 
-    def _alone(self, video_key: str, row: pa.Table) -> pa.Table:
+    def _run(self, block: pa.Table, video_keys: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield what the stage returns, all at once or piece by piece."""
+        done = self._stage(block)
+        if isinstance(done, pa.Table):
+            yield done
+            return
+        for pieces, piece in enumerate(done, start=1):
+            ray.get(self._ledger.hand_on.remote(self._name, video_keys, pieces))
+            yield piece
+
+    def _alone(self, video_key: str, row: pa.Table) -> Iterator[pa.Table]:
         with self._gate.alone():
             deaths = ray.get(self._ledger.begin.remote(self._name, [video_key], alone=True)) or 0
-            if deaths >= MAX_DEATHS:
-                row = self._failed(row, deaths)  # which the stage passes on untouched
-            done = self._stage(row)
+            if deaths < MAX_DEATHS:
+                yield from self._run(row, [video_key])
+            else:
+                yield from self._give_up(video_key, row, deaths)
             ray.get(self._ledger.end.remote(self._name, [video_key]))
-            return done
+
+    def _give_up(self, video_key: str, row: pa.Table, deaths: int) -> Iterator[pa.Table]:
+        """Yield the pieces that earlier tries handed on, then the failure of what is left.
+
+        Ray has these pieces, and takes the first that a repeated task yields for them: a failure
+        alone would be lost. Where even they are deadly by now, it is tried no more.
+        """
+        pieces = ray.get(self._ledger.handed_on.remote(self._name, video_key))
+        if pieces and deaths < 2 * MAX_DEATHS:
+            for piece in islice(self._run(row, [video_key]), pieces):
+                yield piece
+                windows = piece.column("windows")[0].as_py() or 1
+            if pieces == windows:
+                return  # it had done all there is, and died behind it
+        failed = self._failed(row, deaths)
+        yield from self._run(failed, [video_key])  # which the stage passes on untouched
 
     def _failed(self, row: pa.Table, deaths: int) -> pa.Table:
         [video] = rows.iterate(row)

@@ -10,7 +10,7 @@ DELETED = "deleted"
 
 def seen_by_readers(table: pa.Table) -> pa.Table:
     """Keep of the rows of an output those that readers see: see answers.read_answers."""
-    return _latest(_current(undeleted(table)))
+    return _latest(_uncut(_current(undeleted(table))))
 
 
 def undeleted(table: pa.Table) -> pa.Table:
@@ -31,14 +31,38 @@ def _latest(table: pa.Table) -> pa.Table:
 
 
 def _current(table: pa.Table) -> pa.Table:
-    """Keep the rows whose key is the newest of their uri."""
+    """Keep the rows of the newest object of their uri, as it was last cut into windows."""
     newest = newest_of_uri(table)
-    key_of_uri = (
-        newest.column("video_key")
+    version_of_uri = (
+        _versions(newest)
         .combine_chunks()
         .take(pc.index_in(table.column("uri"), newest.column("uri")).combine_chunks())
     )
-    return table.filter(pc.equal(table.column("video_key"), key_of_uri))
+    return table.filter(pc.equal(_versions(table), version_of_uri))
+
+
+def objects(table: pa.Table) -> pa.ChunkedArray:
+    """Return the key of each row's object: `video_key` is that of its window, if it is cut."""
+    return pc.coalesce(table.column("object_key"), table.column("video_key"))
+
+
+def _versions(table: pa.Table) -> pa.ChunkedArray:
+    cut = pc.cast(pc.fill_null(table.column("window_s"), 0.0), pa.string())
+    return pc.binary_join_element_wise(objects(table), cut, "/")
+
+
+def _uncut(table: pa.Table) -> pa.Table:
+    """Drop failures of whole videos that a later run has cut into windows after all."""
+    in_windows = pc.is_valid(table.column("start_s"))
+    if not pc.any(in_windows).as_py():
+        return table
+    own = table.append_column("object", objects(table))
+    last = own.filter(in_windows).group_by("object").aggregate([("created_at", "max")])
+    place = pc.index_in(own.column("object"), last.column("object").combine_chunks())
+    cut_at = pc.take(last.column("created_at_max"), place)
+    superseded = pc.less(table.column("created_at"), cut_at)
+    hidden = pc.and_(pc.invert(in_windows), pc.fill_null(superseded, False))
+    return table.filter(pc.invert(hidden))
 
 
 def newest_of_uri(table: pa.Table) -> pa.Table:

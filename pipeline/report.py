@@ -66,7 +66,8 @@ class Report:
     wall_s: float
     held_s: float  # of them, those for which the actors were held
     source: WorkCounts
-    videos: int  # of this run
+    videos: int  # rows of this run: a video that is cut has one for each window
+    windows: int  # of them, windows
     videos_ok: int
     videos_failed: int
     failed_by_type: dict[str, int]  # videos, and prompts of videos that did not fail themselves
@@ -104,16 +105,19 @@ def make_report(
 
     With `answered=False` the run only compressed: there are answers rows for failures alone.
 
-    Raises RuntimeError when a video or a prompt of the work list is in no file: that is a bug.
+    Raises RuntimeError when a video or a prompt of the work list is in no file, or a window of a
+    video that was cut: that is a bug.
     """
     output = plain(output)
     files = find_run_files(storage, join(output, run_id))
     videos = _distinct(storage, files, "videos-", rows.VIDEOS, ["video_key"])
     answers = _distinct(storage, files, "answers-", _ANSWERS, ["video_key", "prompt_id"])
     answers = answers.filter(pc.not_equal(answers.column("status"), DELETED))
-    _require_all("videos", counts.fresh + counts.cached + counts.failed, videos.num_rows, run_id)
+    cut = _in_windows(videos)
+    named = counts.fresh + counts.cached + counts.failed + counts.windows
+    _require_all("videos, or windows of them,", named + cut.rows, videos.num_rows, run_id)
     if answered:
-        _require_all("prompts", counts.prompts, answers.num_rows, run_id)
+        _require_all("prompts", counts.prompts + cut.prompts, answers.num_rows, run_id)
     good = videos.filter(pc.is_null(videos.column("error_type")))
     bad = answers.filter(pc.equal(answers.column("status"), "failed"))
     by_type = _by_type(videos, bad)
@@ -126,6 +130,7 @@ def make_report(
         held_s=held_s,
         source=counts,
         videos=videos.num_rows,
+        windows=videos.num_rows - videos.column("start_s").null_count,
         videos_ok=good.num_rows,
         videos_failed=videos.num_rows - good.num_rows,
         failed_by_type=by_type,
@@ -170,6 +175,10 @@ def render(report: Report) -> str:
         f"answers written              {report.answers_ok:>10,}",
         f"answers already there        {source.prompts_answered:>10,}",
     ]
+    if report.windows:
+        lines.append(
+            f"windows of longer videos     {report.windows:>10,}  (a row each, of the above)"
+        )
     if source.duplicates:
         lines.append(f"asked more than once         {source.duplicates:>10,}  (answered once)")
     if not report.videos:
@@ -264,6 +273,37 @@ def _require_all(what: str, expected: int, found: int, run_id: str) -> None:
             f"run {run_id}: {expected} {what} went in, {found} came out; this is a bug, not bad "
             "data. The answers that were written are kept; run the same command again for the rest"
         )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What decode added to the work list by cutting videos into windows."""
+
+    rows: int
+    prompts: int
+
+
+def _in_windows(videos: pa.Table) -> _Cut:
+    """Count the rows, and their prompts, beyond the one that each cut video was.
+
+    A video whose worker died for good, after some of its windows had gone on, has a row of its own.
+    """
+    table = videos.select(["object_key", "windows", "num_prompts"])
+    cut = table.filter(pc.is_valid(table.column("windows"))).to_pylist()
+    whole = videos.filter(pc.is_null(videos.column("windows")))
+    failed = set(whole.filter(pc.is_null(whole.column("start_s"))).column("object_key").to_pylist())
+    rows_, prompts = 0, 0
+    of_object: dict[str, list[dict[str, Any]]] = {}
+    for row in cut:
+        of_object.setdefault(row["object_key"], []).append(row)
+    for key, own in of_object.items():
+        prompts += sum(row["num_prompts"] for row in own)
+        if key in failed:
+            rows_ += len(own)
+        else:
+            rows_ += own[0]["windows"] - 1
+            prompts -= own[0]["num_prompts"]
+    return _Cut(rows_, prompts)
 
 
 def _total(videos: pa.Table, *columns: str) -> float:

@@ -1,6 +1,7 @@
 """The column contract: which columns a row has at each point of the flow, and who writes them.
 
-One row is one video from `source` to `answer`; the sink unfolds it to one row a prompt.
+One row is one video from `source` to `answer`, or one window of it where `media.window_s` cuts it;
+the sink unfolds it to one row a prompt.
 All types are plain Arrow, so that DuckDB, Polars and pandas read every file the pipeline writes.
 """
 
@@ -22,12 +23,17 @@ PROMPT = pa.struct(
 # untouched by every later stage, so that rows out = rows in.
 IDENTITY = pa.schema(
     [
-        ("video_key", pa.string()),
+        ("video_key", pa.string()),  # of the video, or of one window of it
+        ("object_key", pa.string()),  # of the video
         ("uri", pa.string()),
         ("size_bytes", pa.int64()),
         ("etag", pa.string()),  # "" for local files
         ("prompts", pa.list_(PROMPT)),
         ("attempts", pa.int32()),  # this run included
+        ("window_s", pa.float64()),  # media.window_s of the run; null: videos are not cut
+        ("start_s", pa.float64()),  # where the window begins in the video; null: it is whole
+        ("windows", pa.int32()),  # rows that decode made of the video in this run; null: this one
+        ("skip_windows", pa.list_(pa.int32())),  # for decode: windows that are there already
         ("error_stage", pa.string()),
         ("error_type", pa.string()),
         ("error_message", pa.string()),
@@ -44,7 +50,7 @@ _MEASURES = [
 ]
 
 _VIDEO = [
-    ("duration_s", pa.float64()),
+    ("duration_s", pa.float64()),  # of the video, or of the window
     ("fps", pa.float64()),  # sampled frames a second, true, also below media.fps
     ("has_audio", pa.bool_()),
 ]
@@ -107,11 +113,20 @@ ANSWER = pa.struct(
 _COUNTS = [column for column in _TOKENS if column[0].endswith("_tokens")]
 ANSWERED = pa.schema([*IDENTITY, *_VIDEO, *_COUNTS, ("answers", pa.list_(ANSWER)), *_MEASURES])
 
+# Which part of which object a row of the sink is about; null in files of before there were windows.
+_PART = [
+    ("object_key", pa.string()),  # of the video; video_key is its window's where it is cut
+    ("window_s", pa.float64()),  # media.window_s of the run; null: videos are not cut
+    ("start_s", pa.float64()),  # of the window, in seconds of the video; null: it is whole
+    ("end_s", pa.float64()),
+]
+
 # sink: what readers see, one row for each (video_key, prompt_id).
 ANSWERS = pa.schema(
     [
         ("video_key", pa.string()),
         ("uri", pa.string()),
+        *_PART,
         ("prompt_id", pa.string()),
         ("prompt", pa.string()),
         ("choices", pa.list_(pa.string())),
@@ -136,6 +151,8 @@ VIDEOS = pa.schema(
     [
         ("video_key", pa.string()),
         ("uri", pa.string()),
+        *_PART,
+        ("windows", pa.int32()),  # see IDENTITY
         ("size_bytes", pa.int64()),
         ("etag", pa.string()),
         ("error_stage", pa.string()),
@@ -200,16 +217,29 @@ def _borrow(value: bytes | memoryview) -> pa.LargeBinaryArray:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
 
 
-def with_choices(answers: pa.Table) -> pa.Table:
-    """Return a table of rows.ANSWERS, also one written before there were `choices`: they are null.
+# Columns that files of earlier versions lack.
+_LATER = {"choices", "windows", *(name for name, _ in _PART)}
 
-    The column stands where the schema has it, as far as the table goes.
+
+def completed(table: pa.Table, names: Sequence[str], schema: pa.Schema) -> pa.Table:
+    """Return columns of a table of rows.ANSWERS or rows.VIDEOS; null where it is older than they.
+
+    Raises ValueError when it lacks others.
     """
-    if "choices" in answers.column_names:
-        return answers
-    place = answers.column_names.index("prompt") + 1
-    field = ANSWERS.field("choices")
-    return answers.add_column(place, field, pa.nulls(answers.num_rows, field.type))
+    missing = [name for name in names if name not in table.column_names]
+    if not _LATER.issuperset(missing):
+        raise ValueError(f"its columns are {', '.join(table.column_names)}")
+    for name in missing:
+        field = schema.field(name)
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(list(names))
+
+
+def part_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of the sink that say which part of which video a row is about."""
+    start, length = row["start_s"], row["duration_s"]
+    end = None if start is None or length is None else start + length
+    return {**{name: row[name] for name in ("object_key", "window_s", "start_s")}, "end_s": end}
 
 
 def failed(row: Mapping[str, Any], stage: str, error_type: str, message: str) -> dict[str, Any]:

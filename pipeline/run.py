@@ -125,7 +125,8 @@ def _run(
         if work.fresh or work.cached or work.failed:
             configure_ray_data()
             run = replace(run, sink={**run.sink, "not_before": done.not_before})
-            held_s = _stream(order(work, run, pools), work, lease, say)
+            rows_known = not config.media.window_s
+            held_s = _stream(order(work, run, pools), work, lease, say, rows_known=rows_known)
         hide_answers(run.storage, run.run_folder, gone, not_before=done.not_before)
         lease.check()
         commit(run.storage, run.output, run.run_id, done.orphans)
@@ -191,9 +192,13 @@ def configure_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _stream(dataset: Dataset, work: WorkList, lease: Lease, say: Say) -> float:
-    """Consume the dataset: every block that arrives is on disk. Return the seconds it took."""
+def _stream(dataset: Dataset, work: WorkList, lease: Lease, say: Say, *, rows_known: bool) -> float:
+    """Consume the dataset: every block that arrives is on disk. Return the seconds it took.
+
+    `rows_known=False`: decode cuts videos into windows, nobody knows yet into how many.
+    """
     total = work.counts.fresh + work.counts.cached + work.counts.failed
+    of_total = f" of {total} videos" if rows_known else " videos and windows"
     done = failed = 0
     start = news = time.monotonic()
     blocks: Iterable[pa.Table] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -202,7 +207,9 @@ def _stream(dataset: Dataset, work: WorkList, lease: Lease, say: Say) -> float:
         done += sum(block.column("num_videos").to_pylist())
         failed += sum(block.column("num_failed_videos").to_pylist())
         now = time.monotonic()
-        if now - news >= _NEWS_S or done == total:
+        if now - news >= _NEWS_S or (rows_known and done == total):
             news = now
-            say(f"{done} of {total} videos done, {failed} failed, {now - start:.0f} s")
+            say(f"{done}{of_total} done, {failed} failed, {now - start:.0f} s")
+    if not rows_known:
+        say(f"{done}{of_total} done, {failed} failed, {time.monotonic() - start:.0f} s")
     return time.monotonic() - start

@@ -79,6 +79,8 @@ def cache_ingredients(
         "codec": token_codec(config, uses_gpu=uses_gpu),
         "transformers": transformers.__version__,
         "compression_version": COMPRESSION_VERSION,
+        # where it is set, so that what was kept before it there still counts
+        **({"window_s": config.media.window_s} if config.media.window_s else {}),
     }
 
 

@@ -153,7 +153,8 @@ class Examples:
             "size_bytes": info.size_bytes,
             "etag": info.etag,
         }
-        [decoded] = rows.iterate(decoder(rows.build([row], rows.IDENTITY)))
+        [whole] = rows.iterate(rows.build([row], rows.IDENTITY))
+        [decoded] = decoder.decode(whole)
         return decoded
 
 

@@ -90,11 +90,9 @@ def verify_output(storage: Storage, output: str) -> Iterator[str]:
 def _read(storage: Storage, uri: str) -> pa.Table:
     schema = rows.ANSWERS if is_answers(uri) else rows.VIDEOS
     table = read_columns(storage, uri)
-    if schema is rows.ANSWERS and "prompt" in table.column_names:
-        table = rows.with_choices(table)
-    if table.column_names != schema.names:
+    if not set(table.column_names) <= set(schema.names):
         raise ValueError(f"its columns are {', '.join(table.column_names)}")
-    return table.cast(schema)
+    return rows.completed(table, schema.names, schema).cast(schema)
 
 
 def _verify_counts(output: str, each: Commit, tables: Mapping[str, pa.Table]) -> Iterator[str]:

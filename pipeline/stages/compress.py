@@ -90,8 +90,9 @@ class Compress:
             self.compressor.block_of(clip)
         except TooLongError as error:
             message = (
-                f"{video['uri']}: {error}; cut the video, or set media.timestamps=nominal to "
-                "stamp the sampled grids a second apart as the reference does"
+                f"{video['uri']}: {error}; set media.window_s to answer it window by window, or "
+                "media.timestamps=nominal to stamp the sampled grids a second apart as the "
+                "reference does"
             )
             video.update(rows.failed(video, "compress", "too_long", message))
             return None

@@ -20,7 +20,9 @@ from pipeline import rows
 from pipeline.boundary import BoundaryError, Roots
 from pipeline.config import DecodeConfig, MediaConfig, StorageConfig
 from pipeline.decoder_process import DecodedBytes, DecoderProcess
+from pipeline.keys import window_key
 from pipeline.media_index import DecodeError
+from pipeline.media_windows import Window
 from pipeline.storage import S3, ObjectInfo, Storage, StorageError
 
 _LOG = logging.getLogger(__name__)
@@ -31,8 +33,9 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class Decode:
     """Fetch each video and sample it in a guarded child process; a bad video costs one row.
 
-    Reads: uri, size_bytes, etag. Writes: frames, frames_shape, audio, duration_s, fps, has_audio,
-    decode_s.
+    Reads: uri, size_bytes, etag, skip_windows. Writes: frames, frames_shape, audio, duration_s,
+    fps, has_audio, decode_s; of a window also video_key, start_s, windows. The windows of a long
+    video go on one by one, so that it takes no more memory than one of them.
     """
 
     def __init__(
@@ -47,25 +50,40 @@ class Decode:
         # Runs at exit as well; when the process is killed, the next actor here sweeps.
         self._finalizer = weakref.finalize(self, _give_back, self._decoder, self._temp_dir, lock_fd)
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Decode the rows of a block, from rows.IDENTITY to rows.DECODED."""
-        return rows.build([self._row(row) for row in rows.iterate(block)], rows.DECODED)
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        """Decode the rows of a block, from rows.IDENTITY to rows.DECODED, one at a time."""
+        for row in rows.iterate(block):
+            for decoded in self.decode(row):
+                yield rows.build([decoded], rows.DECODED)
 
     def close(self) -> None:
         """End the child process and remove the temporary files."""
         self._finalizer()
 
-    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+    def decode(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield a row of rows.DECODED for a row of rows.IDENTITY; for each window, where it is cut.
+
+        A window's row has a key of its own. What fails before it is known where to cut fails all.
+        """
         if row["error_type"] is not None:
-            return row
+            yield row
+            return
         start = time.monotonic()
         uri = row["uri"]
         try:
-            decoded = self._decode(uri, row["size_bytes"], row["etag"] or "")
+            for window, found in self._decode(row):
+                part = {**row, **_columns(row, window), "decode_s": time.monotonic() - start}
+                if isinstance(found, DecodeError):
+                    span = f", {window.start_s:g} to {window.end_s:g} s" if window else ""
+                    message = f"{uri}{span}: {found.message}"
+                    yield _logged(rows.failed(part, "decode", found.error_type, message))
+                else:
+                    yield {**part, **vars(found)}
+                start = time.monotonic()
         except (BoundaryError, StorageError) as error:
-            row = rows.failed(row, "decode", error.error_type, str(error))
+            failed = rows.failed(row, "decode", error.error_type, str(error))
         except DecodeError as error:
-            row = rows.failed(row, "decode", error.error_type, f"{uri}: {error.message}")
+            failed = rows.failed(row, "decode", error.error_type, f"{uri}: {error.message}")
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
@@ -73,23 +91,23 @@ class Decode:
                 f"{uri}: {row['size_bytes']:,} bytes do not fit in {self._temp_dir.parent} "
                 f"({error.strerror}); make room there or set decode.temp_dir"
             )
-            row = rows.failed(row, "decode", "disk_full", message)
+            failed = rows.failed(row, "decode", "disk_full", message)
         else:
-            row = {**row, **vars(decoded)}
-        row["decode_s"] = time.monotonic() - start
-        if row["error_type"]:
-            _LOG.warning("decode %s in %.1f s: %s", row["error_type"], row["decode_s"], uri)
-        return row
+            return
+        yield _logged({**failed, "decode_s": time.monotonic() - start})
 
-    def _decode(self, uri: str, size_bytes: int, etag: str) -> DecodedBytes:
+    def _decode(
+        self, row: dict[str, Any]
+    ) -> Iterator[tuple[Window | None, DecodedBytes | DecodeError]]:
+        size_bytes: int = row["size_bytes"]
         if size_bytes > self._limits.max_size_bytes:
             raise DecodeError(
                 "too_large",
                 f"{size_bytes} bytes are more than the {self._limits.max_size_bytes} of "
                 "decode.max_size_bytes; raise it or transcode the video",
             )
-        with self._file(ObjectInfo(uri, size_bytes, etag, 0)) as path:
-            return self._decoder.decode(path)
+        with self._file(ObjectInfo(row["uri"], size_bytes, row["etag"] or "", 0)) as path:
+            yield from self._decoder.decode_windows(path, row["skip_windows"] or ())
 
     @contextlib.contextmanager
     def _file(self, info: ObjectInfo) -> Iterator[Path]:
@@ -113,6 +131,26 @@ class Decode:
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+
+def _columns(row: dict[str, Any], window: Window | None) -> dict[str, Any]:
+    """Return what names the row of a window; nothing for a whole video."""
+    if window is None:
+        return {}
+    skipped = {number for number in row["skip_windows"] or () if number < window.count}
+    return {
+        "video_key": window_key(
+            row["video_key"], row["window_s"], window.number, last=window.is_last
+        ),
+        "start_s": window.start_s,
+        "duration_s": window.duration_s,
+        "windows": window.count - len(skipped),
+    }
+
+
+def _logged(row: dict[str, Any]) -> dict[str, Any]:
+    _LOG.warning("decode %s in %.1f s: %s", row["error_type"], row["decode_s"], row["uri"])
+    return row
 
 
 def _give_back(decoder: DecoderProcess, temp_dir: Path, lock_fd: int) -> None:

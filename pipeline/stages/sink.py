@@ -78,6 +78,7 @@ class Sink:
             videos.append(
                 {
                     **row,
+                    **rows.part_of(row),
                     "num_prompts": len(of_video),
                     "num_failed_prompts": failed,
                     "run_id": self._run_id,
@@ -106,7 +107,7 @@ class Sink:
 def _unfold(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a row of rows.ANSWERS for each prompt of a video, without the run's own columns."""
     assert row["prompts"], f"{row['uri']} is asked nothing"
-    shared = {name: row[name] for name in ("video_key", "uri", "attempts")}
+    shared = {name: row[name] for name in ("video_key", "uri", "attempts")} | rows.part_of(row)
     if row["error_type"] is not None:
         failure = {name: row[name] for name in ("error_stage", "error_type", "error_message")}
         for prompt in row["prompts"]:

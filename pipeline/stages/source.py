@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import keys, rows
-from pipeline.answers import Ask
+from pipeline.answers import ask_of
 from pipeline.boundary import BoundaryError, Roots, roots_of, shown
 from pipeline.compression_index import Done
 from pipeline.config import CaptionConfig
 from pipeline.errors import StartupError
 from pipeline.gone_videos import RollCall
 from pipeline.known_videos import find_videos
+from pipeline.known_windows import KnownWindows, known_windows, windows_left
 from pipeline.manifest import (
     ASKS,
     BrokenLine,
@@ -48,7 +49,7 @@ class WorkCounts:
     """What became of everything the source names; `videos` is the sum of the next five."""
 
     videos: int = 0
-    fresh: int = 0  # to decode and compress
+    fresh: int = 0  # to decode and compress, all of it or some of its windows
     cached: int = 0  # tokens found in the cache
     failed: int = 0  # no such object, forbidden, a broken line
     answered: int = 0  # nothing left to ask, or to compress
@@ -57,6 +58,7 @@ class WorkCounts:
     prompts_answered: int = 0  # by earlier runs
     duplicates: int = 0  # asks named more than once, answered once
     broken_lines: int = 0  # of the manifest; each is a failed video
+    windows: int = 0  # rows of the work list besides one a video: it is cut into windows
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ def list_work(
     while chunk := list(islice(videos, _CHUNK)):
         if roll_call is not None:
             roll_call.recognise([video["video_key"] for video in chunk])
-        for kind, row in _sorted_out(chunk, done, cached, counts):
-            counts.update({kind: 1, "prompts": len(row["prompts"])})
+        for kind, row in _sorted_out(chunk, done, cached, counts, config.media.window_s):
+            counts["prompts"] += len(row["prompts"])
             parts[kind].add(row)
     counts["videos"] = sum(counts[kind] for kind in (*_SCHEMAS, "answered", "given_up"))
     files = {kind: parts[kind].close() for kind in _SCHEMAS}
@@ -215,10 +217,10 @@ def _by_uri(
         if isinstance(info, str):
             broken.append(broken_line(config.source, ask["line"], info))
         else:
-            asks.append({**ask, "uri": info.uri})
+            asks.append({**ask, "uri": info.info.uri, "video_key": info.key})
     table = pa.concat_tables([manifest.asks.filter(named), pa.Table.from_pylist(asks, ASKS)])
     table = table.sort_by([("uri", "ascending"), ("line", "ascending")])
-    infos = {key: info for key, info in found.items() if not isinstance(info, str)}
+    infos = {each.key: each.info for each in found.values() if not isinstance(each, str)}
     return Manifest(table, broken), infos
 
 
@@ -268,8 +270,10 @@ def _probe(
         content = _sha256(storage, uri) if hashed else None
     except (BoundaryError, StorageError) as error:
         return _failed(shown(uri), candidate.prompts, error.error_type, str(error))
+    key = candidate.video_key or keys.video_key(info, root=root, content_sha256=content)
     return {
-        "video_key": candidate.video_key or keys.video_key(info, root=root, content_sha256=content),
+        "video_key": key,
+        "object_key": key,
         "uri": uri,
         "size_bytes": info.size_bytes,
         "etag": info.etag,
@@ -279,7 +283,8 @@ def _probe(
 
 
 def _failed(uri: str, prompts: list[Prompt], error_type: str, message: str) -> dict[str, Any]:
-    row = {"video_key": keys.missing_key(uri), "uri": uri, "prompts": prompts}
+    key = keys.missing_key(uri)
+    row = {"video_key": key, "object_key": key, "uri": uri, "prompts": prompts}
     return rows.failed(row, "source", error_type, message)
 
 
@@ -310,43 +315,55 @@ def _merged(videos: Iterable[dict[str, Any]], counts: Counter[str]) -> list[dict
     return list(merged.values())
 
 
-def _ask_of(video: dict[str, Any], prompt: Prompt) -> Ask:
-    return video["video_key"], prompt["prompt_id"], prompt["prompt"], prompt["choices"]
-
-
 def _sorted_out(
-    chunk: Sequence[dict[str, Any]], done: Done, cached: CacheIndex, counts: Counter[str]
+    chunk: Sequence[dict[str, Any]],
+    done: Done,
+    cached: CacheIndex,
+    counts: Counter[str],
+    window_s: float,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the kind and the row of each video that has something left to be asked."""
-    asks = [_ask_of(video, prompt) for video in chunk for prompt in video["prompts"]]
+    """Yield the kind and the row of each video that has something left to be asked.
+
+    A video that is cut into windows may have several rows; it counts as the first of their kinds.
+    """
+    asks = [ask_of(video["video_key"], prompt) for video in chunk for prompt in video["prompts"]]
     answered = iter(done.answered(asks))
     video_keys = [video["video_key"] for video in chunk]
     places = cached.locate(video_keys)
     for video, place, attempts in zip(chunk, places, done.attempts(video_keys), strict=True):
         left = [prompt for prompt in video["prompts"] if not next(answered)]
+        found: KnownWindows | None = None
+        if window_s:
+            video["window_s"] = window_s
+            untouched = place is None and len(left) == len(video["prompts"])
+            if untouched and video["error_type"] is None:
+                found = known_windows(video, done, cached)
+        if found:
+            work = windows_left(video, found, done)
+            more = {"prompts_answered": work.prompts_answered, "windows": work.more_rows}
+            counts.update({work.kind: 1, **more})
+            yield from work.rows
+            continue
         counts["prompts_answered"] += len(video["prompts"]) - len(left)
-        new = [prompt for prompt in left if not done.ask_given_up(*_ask_of(video, prompt))]
+        new = [
+            prompt for prompt in left if not done.ask_given_up(*ask_of(video["video_key"], prompt))
+        ]
         row = {**video, "prompts": new, "attempts": attempts + 1}
         failure = done.given_up(video["video_key"])
         if not new:
             counts["given_up" if left else "answered"] += 1
-        elif failure and place is None:
+            continue
+        if failure and place is None:
             # Another question about a video that cannot be had: its failure is known.
-            yield (
-                "failed",
-                rows.failed(
-                    {**row, "attempts": attempts},
-                    failure.stage,
-                    failure.error_type,
-                    failure.message,
-                ),
-            )
+            kind, row = "failed", failure.of({**row, "attempts": attempts})
         elif video["error_type"] is not None:
-            yield "failed", row
+            kind = "failed"
         elif place is not None:
-            yield "cached", {**row, "cache_file": place.file, "cache_row": place.row}
+            kind, row = "cached", {**row, "cache_file": place.file, "cache_row": place.row}
         else:
-            yield "fresh", row
+            kind = "fresh"
+        counts[kind] += 1
+        yield kind, row
 
 
 class _Parts:

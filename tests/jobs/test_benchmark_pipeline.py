@@ -13,8 +13,10 @@ def test_the_quick_benchmark_measures_each_stage_and_the_flow(
     finally:
         ray.shutdown()
     printed = capsys.readouterr().out
-    table = [line.split("|")[1:] for line in printed.splitlines() if line.startswith("| ")]
-    measured = {part.strip(): float(seconds) for part, seconds, *_ in table[1:]}
+    report, _, table = printed.partition("\n| part | s a video |")
+    lines = [line.strip("| ").split("|") for line in table.splitlines()[2:]]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    measured = {line[0]: float(line[1]) for line in cells if line[1]}
     assert list(measured) == [
         "compress, 1 call at once",
         "compress, 2 calls at once",
@@ -23,4 +25,9 @@ def test_the_quick_benchmark_measures_each_stage_and_the_flow(
         "**all together**, 2 videos in the middle of 4",
     ]
     assert all(seconds > 0 for seconds in measured.values())
-    assert "done in this run                    4" in printed
+    assert all(printed.count(name) == 2 for name in measured), "each when it is known, and again"
+    busy = {line[0]: line[3] for line in cells if not line[1]}
+    stages = ["decode", "compress", "cache"]
+    assert list(busy) == [f"{stage}: busy in the middle" for stage in stages]
+    assert all(int(text.split("%")[0]) > 0 for text in busy.values())
+    assert "done in this run                    4" in report

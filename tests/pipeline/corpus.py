@@ -1,6 +1,6 @@
 """A corpus of three videos and runs over it as a job does them; towers and model are faked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from pipeline.answers import AnswerIndex, commit, read_answers
 from pipeline.config import AnswerConfig, CaptionConfig, StorageConfig
 from pipeline.gone_videos import RollCall, bury_tokens, hide_answers, known_videos, settle
 from pipeline.manifest import is_manifest
+from pipeline.media_windows import cut
 from pipeline.parquet import read_columns
 from pipeline.report import Report, make_report
 from pipeline.stages.cache import ReadCache, WriteCache
@@ -32,6 +33,9 @@ class Corpus:
         self.put = put
         self.config = CaptionConfig(source=join(root, "videos"), output=join(root, "out"))
         self.broken = "decode_timeout"  # how the broken one fails
+        self.lengths: dict[str, float] = {}  # seconds, of videos that are not 1 s long
+        self.poison: dict[str, str] = {}  # how windows fail, by "name start"
+        self.lost: set[str] = set()  # windows that are not durable when a run is killed
         self.compressed: list[str] = []
         self.asked: list[tuple[str, str]] = []
         for name in NAMES:
@@ -45,12 +49,13 @@ class Corpus:
         killed_behind_commit: bool = False,
     ) -> Report | None:
         config = replace(self.config, answer=answer or AnswerConfig())
-        cache = join(config.cache_root, keys.fingerprint(INGREDIENTS))
-        fingerprint = keys.answer_fingerprint(keys.fingerprint(INGREDIENTS), config.answer)
+        ingredients = {**INGREDIENTS, "window_s": config.media.window_s}
+        cache = join(config.cache_root, keys.fingerprint(ingredients))
+        fingerprint = keys.answer_fingerprint(keys.fingerprint(ingredients), config.answer)
         run_id = keys.new_run_id()
         folder = join(config.output, run_id)
 
-        token_cache.write_fingerprint(STORAGE, cache, INGREDIENTS)
+        token_cache.write_fingerprint(STORAGE, cache, ingredients)
         done = AnswerIndex(STORAGE, config.output, fingerprint=fingerprint)
         cached = CacheIndex(STORAGE, cache)
         roll_call = None
@@ -94,11 +99,16 @@ class Corpus:
 
     def compress(self, block: pa.Table) -> pa.Table:
         made = []
-        for row in rows.iterate(block):
+        parts = (part for row in rows.iterate(block) for part in self._cut(row))
+        for row in parts:
             name = row["uri"].rpartition("/")[2]
-            self.compressed.append(name)
-            if name == "broken.mp4":
-                made.append(rows.failed(row, "decode", self.broken, f"{row['uri']}: cut"))
+            label = name if row["start_s"] is None else f"{name} {row['start_s']:g}"
+            if label in self.lost:
+                continue
+            self.compressed.append(label)
+            failure = self.broken if name == "broken.mp4" else self.poison.get(label)
+            if failure:
+                made.append(rows.failed(row, "decode", failure, f"{row['uri']}: cut"))
                 continue
             tokens = {
                 "tokens": name.encode(),
@@ -114,8 +124,28 @@ class Corpus:
                 "kept_audio_tokens": 0,
                 "duration_s": 1.0,
             }
-            made.append({**row, **tokens})
+            made.append({**tokens, **row})
         return rows.build(made, rows.KEPT)
+
+    def _cut(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the rows that decode makes of a video."""
+        length = self.lengths.get(row["uri"].rpartition("/")[2], 1.0)
+        windows = cut(length, row["window_s"] or 0.0)
+        left = [window for window in windows if window.number not in (row["skip_windows"] or [])]
+        for window in left:
+            if len(windows) == 1:
+                yield {**row, "duration_s": length}
+                continue
+            key = keys.window_key(
+                row["video_key"], row["window_s"], window.number, last=window.is_last
+            )
+            yield {
+                **row,
+                "video_key": key,
+                "start_s": window.start_s,
+                "duration_s": window.duration_s,
+                "windows": len(left),
+            }
 
     def answer(self, block: pa.Table) -> pa.Table:
         answered: list[dict[str, Any]] = []
@@ -124,10 +154,20 @@ class Corpus:
             if row["error_type"] is None:
                 name = bytes(row["tokens"]).decode()
                 assert row["uri"].endswith(name)  # the tokens are those of this video
-                self.asked += [(name, prompt["prompt"]) for prompt in row["prompts"]]
+                part = name if row["start_s"] is None else f"{name} {row['start_s']:g}"
+                self.asked += [(part, prompt["prompt"]) for prompt in row["prompts"]]
                 answers = [{"prompt_id": p["prompt_id"], "text": name} for p in row["prompts"]]
             answered.append({**row, "answers": answers})
         return rows.build(answered, rows.ANSWERED)
+
+    def spans(self) -> list[tuple[str, float | None, float | None, str]]:
+        """Return name, start, end and status of all that readers see."""
+        found = read_answers(self.config.output, STORAGE).to_pylist()
+        spans = [
+            (row["uri"].rpartition("/")[2], row["start_s"], row["end_s"], row["status"])
+            for row in found
+        ]
+        return sorted(spans, key=lambda span: (span[0], span[1] or 0.0, span[2] or 0.0))
 
     def seen(self) -> list[tuple[str, str]]:
         found = read_answers(self.config.output, STORAGE).to_pylist()

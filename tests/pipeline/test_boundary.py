@@ -173,6 +173,7 @@ def test_a_link_that_is_put_there_later_is_not_followed(world: Path) -> None:
         Roots((str(world / "videos"),), None),
     )
     row = {"video_key": "k", "uri": str(victim), "size_bytes": 5, "etag": "", "prompts": []}
-    (out,) = rows.iterate(stage(rows.build([{**row, "attempts": 1}], rows.IDENTITY)))
+    (block,) = stage(rows.build([{**row, "attempts": 1}], rows.IDENTITY))
+    (out,) = rows.iterate(block)
     stage.close()
     assert (out["error_stage"], out["error_type"]) == ("decode", "outside_root")

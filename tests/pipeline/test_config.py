@@ -15,6 +15,12 @@ def load(**settings: Any) -> CaptionConfig:
     return cli.load(CaptionConfig, [f"{k.replace('__', '.')}={v}" for k, v in given.items()])
 
 
+WINDOWS = (
+    "0, or a multiple of 2 s (a chunk) with an even number of frames at media.fps, at most 2 s "
+    "below media.max_audio_s"
+)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
@@ -30,6 +36,9 @@ def load(**settings: Any) -> CaptionConfig:
         ("media.max_pixels", "100351", "at least media.min_pixels (100352), got 100351"),
         ("media.max_audio_s", "0", "in (0, 300], got 0.0"),
         ("media.max_audio_s", "300.1", "in (0, 300], got 300.1"),
+        ("media.window_s", "-2", f"{WINDOWS}, got -2.0"),
+        ("media.window_s", "5", f"{WINDOWS}, got 5.0"),
+        ("media.window_s", "300", f"{WINDOWS}, got 300.0"),
         ("media.reader", "cv2", "'pyav' or 'decord', got 'cv2'"),
         ("media.timestamps", "wrong", "'seconds' or 'nominal', got 'wrong'"),
         ("decode.deadline_s", "0", "positive, got 0.0"),
@@ -80,6 +89,7 @@ def test_a_broken_rule_is_refused_with_field_rule_and_value(
         ("media.min_pixels", "784"),
         ("media.max_pixels", "100352"),
         ("media.max_audio_s", "300"),
+        ("media.window_s", "298"),
         ("media.timestamps", "nominal"),
         ("compression.method", "omnizip"),
         ("compression.retain", "1"),

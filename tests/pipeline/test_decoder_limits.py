@@ -14,7 +14,7 @@ import pytest
 
 from omnisift.media import MAX_ASPECT, frame_size
 from pipeline.config import DecodeConfig, MediaConfig
-from pipeline.decoder import decode_file, largest_answer_bytes
+from pipeline.decoder import Film, decode_file, largest_answer_bytes
 from pipeline.decoder_process import DecoderProcess
 from pipeline.media_index import DecodeError, check_container, open_media
 from pipeline.testing import clips
@@ -40,9 +40,7 @@ def refusal(path: Path, **limits: Any) -> tuple[str, str]:
     """Return error_type and message, and see that nothing was decoded before."""
     reached = []
     with pytest.raises(DecodeError) as caught:
-        decode_file(
-            path, MEDIA, DecodeConfig(**limits), understood=lambda: reached.append("decoding")
-        )
+        Film(path, MEDIA, DecodeConfig(**limits), understood=lambda: reached.append("decoding"))
     assert reached == []
     return caught.value.error_type, caught.value.message
 

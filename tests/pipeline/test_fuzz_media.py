@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+import pyarrow as pa
+
 from pipeline import rows
 from pipeline.boundary import Roots
 from pipeline.config import DecodeConfig, MediaConfig, StorageConfig
@@ -23,7 +25,8 @@ def test_every_mutant_is_a_row_with_frames_or_with_an_error_type(tmp_path: Path)
         given.append({**identity, "prompts": [], "attempts": 1})
     limits = DecodeConfig(probe_s=20, deadline_s=20, memory_limit_bytes=1 << 30)
     stage = Decode(MEDIA, limits, StorageConfig(), Roots((str(tmp_path),), None))
-    out = list(rows.iterate(stage(rows.build(given, rows.IDENTITY))))
+    blocks = pa.concat_tables(stage(rows.build(given, rows.IDENTITY)))
+    out = list(rows.iterate(blocks))
     stage.close()
 
     assert [row["video_key"] for row in out] == [row["video_key"] for row in given]

@@ -18,6 +18,7 @@ SCHEMAS = {
 identity = st.fixed_dictionaries(
     {
         "video_key": st.text(),
+        "object_key": st.text(),
         "uri": st.text(),
         "size_bytes": st.integers(0, 1 << 62),
         "etag": st.text(),
@@ -32,6 +33,10 @@ identity = st.fixed_dictionaries(
             max_size=3,
         ),
         "attempts": st.integers(1, 9),
+        "window_s": st.none() | st.floats(2, 298),
+        "start_s": st.none() | st.floats(0, 1e5),
+        "windows": st.none() | st.integers(1, 9),
+        "skip_windows": st.none() | st.lists(st.integers(0, 1000)),
         "error_stage": st.none() | st.text(),
         "error_type": st.none() | st.text(),
         "error_message": st.none() | st.text(),

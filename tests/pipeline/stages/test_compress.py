@@ -17,7 +17,7 @@ from omnisift.compress import drop_shares
 from omnisift.compressor import Clip, Pending, VideoCompressor
 from omnisift.mini.tiny import write_tiny_model
 from pipeline import rows
-from pipeline.config import CaptionConfig, CompressionConfig
+from pipeline.config import CaptionConfig, CompressionConfig, MediaConfig
 from pipeline.settings import cache_ingredients, make_settings
 from pipeline.stages.compress import Compress
 
@@ -206,6 +206,19 @@ def test_two_threads_share_an_actor(model: Path) -> None:
         blocks = list(threads.map(stage, [rows.build(_rows(), rows.DECODED)] * 6))
     for block in blocks:
         _assert_equal(block.to_pylist(), expected)
+
+
+def test_only_windows_that_are_set_change_the_cache(model: Path) -> None:
+    selector, config = read_selector(model, ""), _config(model, "omnisift")
+    whole, four, eight = (
+        cache_ingredients(
+            replace(config, media=MediaConfig(window_s=window_s)), model, selector, uses_gpu=False
+        )
+        for window_s in (0, 4, 8)
+    )
+    assert "window_s" not in whole  # what was kept before there were windows still counts
+    assert {**whole, "window_s": 4} == four
+    assert {**whole, "window_s": 8} == eight
 
 
 def test_each_method_has_a_cache_of_its_own(model: Path) -> None:

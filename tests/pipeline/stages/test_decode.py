@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline import rows
@@ -60,7 +61,7 @@ def identity(path: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(stage: Decode, *given: dict[str, Any]) -> list[dict[str, Any]]:
-    return list(rows.iterate(stage(rows.build(given, rows.IDENTITY))))
+    return list(rows.iterate(pa.concat_tables(stage(rows.build(given, rows.IDENTITY)))))
 
 
 def test_rows_carry_what_decode_file_gives(stage: Decode, folder: Path) -> None:

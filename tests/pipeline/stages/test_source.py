@@ -131,11 +131,16 @@ def test_a_prefix_is_listed_by_extension_whatever_its_case(corpus: Corpus) -> No
     row = next(row for row in _rows(work.fresh) if row["uri"].endswith("b.MP4"))
     assert row == {
         "video_key": corpus.key("b.MP4"),
+        "object_key": corpus.key("b.MP4"),
         "uri": str(corpus.videos / "b.MP4"),
         "size_bytes": 5,
         "etag": "",
         "prompts": [{"prompt_id": keys.prompt_id(DEFAULT), "prompt": DEFAULT, "choices": None}],
         "attempts": 1,
+        "window_s": None,
+        "start_s": None,
+        "windows": None,
+        "skip_windows": None,
         "error_stage": None,
         "error_type": None,
         "error_message": None,
