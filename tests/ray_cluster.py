@@ -175,7 +175,9 @@ def _workers(pids: Sequence[int]) -> list[int]:
     found = []
     for pid in pids:
         with suppress(FileNotFoundError, ProcessLookupError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            name = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ")
+            # Without one of its agents a raylet ends itself, which is the death of a node.
+            if name.startswith(b"ray::") and not name.endswith(b"Agent"):
                 found.append(pid)
     return found
 
