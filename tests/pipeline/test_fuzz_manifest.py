@@ -57,7 +57,8 @@ def read(path: Path, content: bytes) -> Manifest | None:
             roots.check(uri or "s3://bucket/key")
         except BoundaryError:
             continue
-        assert uri is None or uri.startswith((S3, f"{path.parent}/"))
+        # "." is the folder itself: inside, and a failed row, since no folder is a video
+        assert uri is None or f"{uri}/".startswith((S3, f"{path.parent}/"))
     return found
 
 
