@@ -6,7 +6,7 @@ Shapes: B requests, L tokens of a prompt (left-padded), n kept tokens, D width.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,9 +141,7 @@ class Answerer:
         """
         contexts = list({id(prompt.context): prompt.context for prompt in prompts}.values())
         place = {id(context): row for row, context in enumerate(contexts)}
-        prefill = self._pad([(context.embeds, context.positions) for context in contexts])
-        cache = DynamicCache(config=self.backbone.model.config.text_config)
-        self.backbone.forward_text(*prefill, cache)
+        cache, mask = self._prefill(contexts)
         answers: list[Answer | None] = [None] * len(prompts)
         for choosing in (True, False):
             asked = [i for i, prompt in enumerate(prompts) if bool(prompt.choices) == choosing]
@@ -153,12 +151,47 @@ class Answerer:
             given = (self._choose if choosing else self._generate)(
                 [prompts[i] for i in asked],
                 [place[id(prompts[i].context)] for i in asked],
-                prefill.mask,
+                mask,
                 copy.deepcopy(cache) if others else cache,
             )
             for i, answer in zip(asked, given, strict=True):
                 answers[i] = answer
         return [answer for answer in answers if answer is not None]
+
+    def _prefill(self, contexts: Sequence[Context]) -> tuple[DynamicCache, Tensor]:
+        """Return the contexts' keys and values, and which of them are real [B, L].
+
+        Contexts of one length are read together and no padding is computed; it only stands in
+        front of the shorter ones' keys behind it.
+        """
+        config = self.backbone.model.config.text_config
+        by_length: dict[int, list[int]] = {}
+        for row, context in enumerate(contexts):
+            by_length.setdefault(context.embeds.shape[0], []).append(row)
+        longest = max(by_length)
+        read = []
+        for rows in by_length.values():
+            cache = DynamicCache(config=config)
+            equal = self._pad([(contexts[r].embeds, contexts[r].positions) for r in rows])
+            self.backbone.forward_text(*equal, cache)
+            read.append(cache)
+        lengths = torch.tensor([len(context.embeds) for context in contexts])
+        mask = (torch.arange(longest) >= longest - lengths[:, None]).long().to(self.backbone.device)
+        if len(read) == 1:
+            return read[0], mask
+        order = torch.tensor([row for rows in by_length.values() for row in rows])
+        joined = DynamicCache(config=config)
+        for index in range(config.num_hidden_layers):
+            layers: list[Any] = [cache.layers[index] for cache in read]
+            keys, values = (
+                torch.cat([_padded(getattr(layer, name), longest) for layer in layers])
+                for name in ("keys", "values")
+            )
+            joined.update(keys, values, index)
+            for layer in layers:  # so that a layer is there twice, and not the whole
+                layer.keys = layer.values = None
+        joined.batch_select_indices(order.argsort().to(self.backbone.device))
+        return joined, mask
 
     def _generate(
         self, prompts: Sequence[Prompt], context_of: list[int], mask: Tensor, cache: DynamicCache
@@ -274,6 +307,10 @@ class Answerer:
     def _answer(self, num_prompt_tokens: int, ids: list[int]) -> Answer:
         text, length, ended = self.text.finish(ids, self.sampling.stop)
         return Answer(text, num_prompt_tokens, length, "stop" if ended else "length")
+
+
+def _padded(states_BHLd: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(states_BHLd, (0, 0, length - states_BHLd.shape[2], 0))
 
 
 def _select(cache: DynamicCache, mask: Tensor, rows: list[int]) -> Tensor:

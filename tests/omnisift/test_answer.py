@@ -123,6 +123,27 @@ def test_a_context_is_prefilled_once(
     assert set(seen[2:]) == {(3, 1)}
 
 
+def test_prefilling_unequal_contexts_computes_no_padding(
+    answerer: Answerer, kept: list[KeptTokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    forward = answerer.backbone.forward_text
+
+    def watch(embeds: Tensor, *rest: Tensor) -> Tensor:
+        seen.append(tuple(embeds.shape[:2]))
+        return forward(embeds, *rest)  # type: ignore[arg-type]
+
+    # Long, short and long again: what is read together is put back into its order.
+    contexts = [answerer.open(tokens) for tokens in (kept[0], kept[1], kept[0])]
+    long, short = (context.embeds.shape[0] for context in contexts[:2])
+    assert long != short
+    prompts = [answerer.ask(context, "What is seen?") for context in contexts]
+    expected = [answerer([prompt])[0] for prompt in prompts]
+    monkeypatch.setattr(answerer.backbone, "forward_text", watch)
+    assert answerer(prompts) == expected
+    assert sorted(seen[:2]) == sorted([(2, long), (1, short)])
+
+
 def test_positions_reach_the_model(answerer: Answerer, kept: list[KeptTokens]) -> None:
     """Plain positions 0..L-1 give other logits: the tests above can see a lost position."""
     embeds, positions = _whole(answerer.ask(answerer.open(kept[0]), "What is seen?"))
