@@ -7,7 +7,6 @@ where there is a decoder, it can be carried to where there is a GPU.
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,15 +17,15 @@ import torch
 from omnisift.answer import Answer
 from omnisift.checkpoint import build_selector, load_backbone, read_selector
 from omnisift.codec import Codec
-from omnisift.compressor import Clip, KeptTokens, VideoCompressor
+from omnisift.compressor import KeptTokens, VideoCompressor
 from omnisift.engines.interface import AskedVideo, Question
 from omnisift.engines.vllm_engine import VllmEngine, VllmOptions
 from omnisift.mini.questions import draw_questions
-from omnisift.mini.shipped import FOLDER, FRAME_PIXELS, HELD_OUT_SEED
+from omnisift.mini.shipped import FOLDER, HELD_OUT_SEED
 from omnisift.mini.train import shares_for
 from omnisift.mini.world import draw_scene
 from omnisift.prompts import Sampling
-from pipeline.config import AnswerConfig, DecodeConfig, MediaConfig
+from pipeline.config import AnswerConfig
 from pipeline.testing.kept_files import count_kept, read_kept, write_kept
 
 RETAIN = 0.35
@@ -53,22 +52,15 @@ PRECISIONS = {
 
 def compress(scenes: int) -> list[KeptTokens]:
     """Render scenes as mp4 files, decode them as the pipeline does, and keep their tokens."""
-    from omnisift.mini.clips import write_clip  # these two need a decoder's libraries
-    from pipeline.decoder import decode_file
+    from pipeline.testing.scene_clips import decode_scene  # it needs a decoder's libraries
 
     backbone = load_backbone(FOLDER)
     selector = build_selector(read_selector(FOLDER), backbone.width)
     compressor = VideoCompressor(backbone, selector, shares_for(RETAIN))
-    media = MediaConfig(min_pixels=FRAME_PIXELS, max_pixels=FRAME_PIXELS)
     found = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for number in range(FIRST_SCENE, FIRST_SCENE + scenes):
-            scene = draw_scene(HELD_OUT_SEED, number)
-            path = write_clip(Path(scratch, f"{number}.mp4"), scene)
-            seen = decode_file(path, media, DecodeConfig())
-            path.unlink()
-            frames, audio = torch.from_numpy(seen.frames), torch.from_numpy(seen.audio)
-            found += compressor([Clip(frames, audio, seen.fps)], video_keys=[str(number)])
+    for number in range(FIRST_SCENE, FIRST_SCENE + scenes):
+        clip = decode_scene(draw_scene(HELD_OUT_SEED, number))
+        found += compressor([clip], video_keys=[str(number)])
     return found
 
 

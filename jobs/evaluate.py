@@ -6,7 +6,6 @@ model is asked; docs/results.md has the table of all methods.
 
 import argparse
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,9 +24,8 @@ from omnisift.answer import Answerer
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
 from omnisift.codec import Codec
-from omnisift.compressor import Clip, VideoCompressor
+from omnisift.compressor import VideoCompressor
 from omnisift.methods import METHODS
-from omnisift.mini.clips import write_clip
 from omnisift.mini.evaluate import (
     CARRIED,
     Held,
@@ -40,11 +38,11 @@ from omnisift.mini.evaluate import (
     what_tokens_carry,
 )
 from omnisift.mini.questions import KINDS, draw_questions
-from omnisift.mini.shipped import FOLDER, FRAME_PIXELS, HELD_OUT_SEED
+from omnisift.mini.shipped import FOLDER, HELD_OUT_SEED
 from omnisift.mini.train import shares_for
 from omnisift.mini.world import draw_scene
-from pipeline.config import AnswerConfig, DecodeConfig, MediaConfig
-from pipeline.decoder import decode_file
+from pipeline.config import AnswerConfig
+from pipeline.testing.scene_clips import decode_scene
 
 _BLIND_SEED, _BLIND_SCENES = 10, 5_000  # of the world that was trained on
 
@@ -128,17 +126,11 @@ def arguments() -> argparse.Namespace:
 
 def hold_out(numbers: Sequence[int], questions: int, compressor: VideoCompressor) -> Iterator[Held]:
     """Render scenes as mp4 files and decode them as the pipeline does."""
-    media = MediaConfig(min_pixels=FRAME_PIXELS, max_pixels=FRAME_PIXELS)
-    with tempfile.TemporaryDirectory() as folder:
-        for number in numbers:
-            scene = draw_scene(HELD_OUT_SEED, number)
-            path = write_clip(Path(folder, f"{number}.mp4"), scene)
-            decoded = decode_file(path, media, DecodeConfig())
-            path.unlink()
-            frames, audio = torch.from_numpy(decoded.frames), torch.from_numpy(decoded.audio)
-            clip = Clip(frames, audio, decoded.fps)
-            carries = what_tokens_carry(scene, compressor, clip)
-            yield Held(str(number), clip, draw_questions(scene, 0, questions), carries)
+    for number in numbers:
+        scene = draw_scene(HELD_OUT_SEED, number)
+        clip = decode_scene(scene)
+        carries = what_tokens_carry(scene, compressor, clip)
+        yield Held(str(number), clip, draw_questions(scene, 0, questions), carries)
 
 
 def _load(folder: Path, device: str) -> Backbone:
@@ -279,9 +271,10 @@ def main() -> None:
     options = arguments()
     arms = [_arm(words) for words in options.arm] if options.arm else SHIPPED
     numbers = range(options.first, options.first + options.scenes)
-    work = Work(arms, options.questions, options.codec, options.device, options.workers == 1)
+    workers = min(options.workers, len(numbers))  # none goes without a scene
+    work = Work(arms, options.questions, options.codec, options.device, workers == 1)
     print(f"{len(numbers)} scenes as mp4 files, {len(numbers) * work.questions} questions")
-    found = find_all(work, numbers, options.workers)
+    found = find_all(work, numbers, workers)
     outcomes = {key: reduce(add, (f.outcomes[key] for f in found)) for key in found[0].outcomes}
     rows = list(table(work, outcomes, numbers))
     cosines = {

@@ -5,9 +5,8 @@ Shapes: V videos, Q questions about each, L tokens of a block.
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -137,8 +136,7 @@ def _ask(
 def _through(kept: KeptTokens, codec: Codec) -> KeptTokens:
     rows, width = kept.embeds.shape
     embeds = decode(encode(kept.embeds, codec), codec, (rows, width), device=kept.embeds.device)
-    fields: dict[str, Any] = vars(kept) | {"embeds": embeds}
-    return KeptTokens(**fields)
+    return replace(kept, embeds=embeds)
 
 
 def background_cosine(backbone: Backbone, held: Sequence[Held]) -> float:

@@ -45,6 +45,18 @@ def test_the_table_keeps_what_it_says_and_compression_costs_something(
     assert "of 144" in printed  # answers of the six runs that were compared with int8's
 
 
+def test_more_processes_than_scenes_leave_no_figure_undefined(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--arm", "all", str(FOLDER), "none", "1", "--scenes", "1", "--workers", "8"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words, "--device", "cpu"])
+    monkeypatch.setattr(evaluate, "_BLIND_SCENES", 50)
+    evaluate.main()
+    printed = capsys.readouterr().out
+    assert "cosine of background tokens" in printed
+    assert "nan" not in printed
+
+
 def test_intervals_are_those_of_videos_drawn_whole() -> None:
     # Videos are all right or all wrong: half of 100, so the mean's deviation is .5 / 10.
     right = np.repeat(np.arange(100) % 2, 6).reshape(1, 100, 6).astype(float)

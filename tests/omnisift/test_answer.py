@@ -105,9 +105,8 @@ def test_equals_greedy_by_hand_alone_and_in_a_batch(
         assert alone == answer
 
 
-def test_a_context_is_prefilled_once(
-    answerer: Answerer, kept: list[KeptTokens], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _watch_forward(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Return what gathers the rows and tokens of each forward pass from now on."""
     seen: list[tuple[int, ...]] = []
     forward = answerer.backbone.forward_text
 
@@ -116,6 +115,13 @@ def test_a_context_is_prefilled_once(
         return forward(embeds, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(answerer.backbone, "forward_text", watch)
+    return seen
+
+
+def test_a_context_is_prefilled_once(
+    answerer: Answerer, kept: list[KeptTokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = _watch_forward(answerer, monkeypatch)
     context = answerer.open(kept[0])
     answerer([answerer.ask(context, question) for question in ("a", "bb", "ccc")])
     assert seen[0] == (1, context.embeds.shape[0])
@@ -126,20 +132,13 @@ def test_a_context_is_prefilled_once(
 def test_prefilling_unequal_contexts_computes_no_padding(
     answerer: Answerer, kept: list[KeptTokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[int, ...]] = []
-    forward = answerer.backbone.forward_text
-
-    def watch(embeds: Tensor, *rest: Tensor) -> Tensor:
-        seen.append(tuple(embeds.shape[:2]))
-        return forward(embeds, *rest)  # type: ignore[arg-type]
-
     # Long, short and long again: what is read together is put back into its order.
     contexts = [answerer.open(tokens) for tokens in (kept[0], kept[1], kept[0])]
     long, short = (context.embeds.shape[0] for context in contexts[:2])
     assert long != short
     prompts = [answerer.ask(context, "What is seen?") for context in contexts]
     expected = [answerer([prompt])[0] for prompt in prompts]
-    monkeypatch.setattr(answerer.backbone, "forward_text", watch)
+    seen = _watch_forward(answerer, monkeypatch)
     assert answerer(prompts) == expected
     assert sorted(seen[:2]) == sorted([(2, long), (1, short)])
 

@@ -187,10 +187,6 @@ def test_a_prefix_that_is_empty_or_mistyped_stops_the_run(corpus: Corpus) -> Non
     assert corpus.seen() == [A, B, BROKEN]
 
 
-class _Partial(Storage):
-    pass
-
-
 def test_a_listing_that_lacks_what_is_there_removes_nothing(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,19 +1,17 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from omnisift.answer import Answerer
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
 from omnisift.compressor import Clip, KeptTokens, VideoCompressor
-from omnisift.mini.clips import write_clip
 from omnisift.mini.questions import CAPTION_PROMPTS, caption_match, draw_questions
-from omnisift.mini.shipped import FOLDER, FRAME_PIXELS, HELD_OUT_SEED
+from omnisift.mini.shipped import FOLDER, HELD_OUT_SEED
 from omnisift.mini.train import shares_for
 from omnisift.mini.world import Scene, draw_scene
-from pipeline.config import AnswerConfig, DecodeConfig, MediaConfig
-from pipeline.decoder import decode_file
+from pipeline.config import AnswerConfig
+from pipeline.testing.scene_clips import decode_scene
 
 SCENES = [draw_scene(HELD_OUT_SEED, number, 6) for number in range(4)]
 
@@ -24,14 +22,8 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
-    folder = tmp_path_factory.mktemp("scenes")
-    media = MediaConfig(min_pixels=FRAME_PIXELS, max_pixels=FRAME_PIXELS)
-    decoded = [
-        decode_file(write_clip(folder / f"{n}.mp4", scene), media, DecodeConfig())
-        for n, scene in enumerate(SCENES)
-    ]
-    return [Clip(torch.from_numpy(d.frames), torch.from_numpy(d.audio), d.fps) for d in decoded]
+def clips() -> list[Clip]:
+    return [decode_scene(scene) for scene in SCENES]
 
 
 def keep(backbone: Backbone, clips: list[Clip], retain: float | None) -> list[KeptTokens]:
