@@ -13,7 +13,7 @@ from omnisift.mini.sounds import plan_sounds, render
 from omnisift.mini.world import Scene
 
 _FPS = 12  # of which the pipeline samples every sixth
-_SIDE = 224  # larger than what the model reads: the decode stage has something to scale
+_SIDE = 280  # larger than what the model reads: the decode stage has something to scale
 _AAC_FRAME = 1024
 
 

@@ -27,6 +27,7 @@ _RGB = {
     "white": (240, 240, 240),
 }
 _NUM_WAVES = 4  # of the texture
+_POSTER = 24.0  # pixels from its centre to an edge
 _NEVER = 1e6
 
 
@@ -46,6 +47,7 @@ class ScenePlan(NamedTuple):
     ground: Tensor  # [B, 3]
     pattern: Tensor  # [B] index in PATTERNS
     pattern_wave: Tensor  # [B, 3]: period, angle, phase
+    poster: Tensor  # [B, 3]: x and y of its centre, its shade over the ground
     texture: Tensor  # [B, waves, 4]: kx, ky, phase, amplitude
     jitter: Tensor  # [B, 2, 3]: amplitude, period, phase for x and y
     drift: Tensor  # [B, 3]: amplitude, period, phase of the brightness
@@ -92,8 +94,9 @@ def _row(scene: Scene) -> list[np.ndarray]:
         chance.uniform(0.22, 0.5, 3).astype(f4),
         np.array(PATTERNS.index(scene.pattern), dtype=i8),
         np.array(
-            [chance.uniform(18, 26), chance.uniform(0, tau), chance.uniform(0, tau)], dtype=f4
+            [chance.uniform(12, 18), chance.uniform(0, tau), chance.uniform(0, tau)], dtype=f4
         ),
+        np.array([*scene.poster, chance.uniform(0.15, 0.25)], dtype=f4),
         np.stack(
             [
                 *chance.uniform(-tau / 40, tau / 40, (2, _NUM_WAVES)),
@@ -134,7 +137,7 @@ def draw(plan: ScenePlan, times: Tensor, *, side: int = SIDE) -> tuple[Tensor, T
         y,
         *(
             of_frames(value)
-            for value in (plan.ground, plan.pattern, plan.pattern_wave, plan.texture)
+            for value in (plan.ground, plan.pattern, plan.pattern_wave, plan.poster, plan.texture)
         ),
     )
     owner = torch.full((batch * num, side, side), -1, dtype=torch.int8, device=times.device)
@@ -160,9 +163,15 @@ def draw(plan: ScenePlan, times: Tensor, *, side: int = SIDE) -> tuple[Tensor, T
 
 @fused
 def _ground(
-    x: Tensor, y: Tensor, ground: Tensor, pattern: Tensor, pattern_wave: Tensor, waves: Tensor
+    x: Tensor,
+    y: Tensor,
+    ground: Tensor,
+    pattern: Tensor,
+    pattern_wave: Tensor,
+    poster: Tensor,
+    waves: Tensor,
 ) -> Tensor:
-    """Return the background [F, 3, H, W] of F frames."""
+    """Return the background with its poster, [F, 3, H, W] of F frames."""
     across, down = x[:, None, :], y[:, :, None]
     period, angle, phase = pattern_wave[:, :, None, None].unbind(1)
     k = tau / period
@@ -178,7 +187,10 @@ def _ground(
     for wave in waves[..., None, None].unbind(1):
         kx, ky, shift, amplitude = wave.unbind(1)
         texture = texture + amplitude * (kx * across + ky * down + shift).sin()
-    return ground[:, :, None, None] + (0.07 * figure + texture)[:, None]
+    left, top, shade = poster[:, :, None, None].unbind(1)
+    outside = torch.maximum((across - left).abs(), (down - top).abs()) - _POSTER
+    on_it = (0.5 - outside).clamp(0, 1)
+    return ground[:, :, None, None] + (on_it * (shade + 0.12 * figure) + texture)[:, None]
 
 
 class _Poses(NamedTuple):

@@ -32,13 +32,13 @@ class Question(NamedTuple):
 
 
 def caption(scene: Scene) -> str:
-    """Return what is to be said of a scene: the background, the objects by name, what happens."""
+    """Return what is to be said: the poster, the ambience, the objects by name, what happens."""
     ambience = {"nothing": "silence", "noise": "noise", "music": "music"}[scene.ambience]
     things = sorted(
         f"{'large ' if thing.size == 'large' else ''}{thing.colour} {thing.shape}"
         for thing in scene.things
     )
-    parts = [f"A {scene.pattern} background with {ambience}.", f"Seen: {', '.join(things)}."]
+    parts = [f"A {scene.pattern} poster and {ambience}.", f"Seen: {', '.join(things)}."]
     heard_with = {sound.event: sound for sound in scene.sounds if sound.event is not None}
     happenings: list[tuple[float, str]] = []
     for index, event in enumerate(scene.events):
@@ -171,7 +171,7 @@ def _ambience(scene: Scene) -> Iterator[tuple[str, str]]:
 
 
 def _pattern(scene: Scene) -> Iterator[tuple[str, str]]:
-    yield "What is the background like?", scene.pattern
+    yield "What is the poster like?", scene.pattern
 
 
 def _shape(scene: Scene) -> Iterator[tuple[str, str]]:

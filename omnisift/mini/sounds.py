@@ -4,6 +4,7 @@ Shapes: B scenes, S sounds, N samples of a clip, n samples of a sound.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import tau
 from typing import NamedTuple
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from omnisift.media import SAMPLE_RATE
+from omnisift.mini import words
 from omnisift.mini.world import AMBIENCES, NOISES, Noise, Scene
 
 MAX_SOUNDS = 8
-_LONGEST_S = 0.2
+_LONGEST_S = 0.4
+_SWEEP_S = 0.2
 _NOTE_S = 0.25
 _MAX_NOTES = 80
 _SCALE = (0, 2, 4, 7, 9)  # pentatonic, in semitones
@@ -26,6 +29,7 @@ class SoundPlan(NamedTuple):
     """What is heard, as tensors; rows are padded with sounds of no loudness."""
 
     noise: Tensor  # [B, S] index in NOISES
+    voice: Tensor  # [B, S] that says a word
     start: Tensor  # [B, S] seconds
     duration: Tensor  # [B, S]
     pitch: Tensor  # [B, S]
@@ -44,6 +48,7 @@ def plan_sounds(scenes: Sequence[Scene]) -> SoundPlan:
         missing = MAX_SOUNDS - len(scene.sounds)
         columns = [
             np.array([NOISES.index(sound.noise) for sound in scene.sounds] + [0] * missing),
+            np.array([sound.voice for sound in scene.sounds] + [0] * missing),
             *(
                 np.array([getattr(sound, name) for sound in scene.sounds] + [fill] * missing)
                 for name, fill in (
@@ -106,11 +111,20 @@ def _sounds(plan: SoundPlan) -> Tensor:
         return torch.sin(tau * hertz * pitch * time)
 
     def sweep(begin: float, end: float) -> Tensor:
-        reached = begin * time + (end - begin) * time**2 / (2 * _LONGEST_S)
+        reached = begin * time + (end - begin) * time**2 / (2 * _SWEEP_S)
         return torch.sin(tau * pitch * reached)
 
     def decay(seconds: float) -> Tensor:
         return torch.exp(-time / seconds)
+
+    def said(word: words.Word) -> Tensor:
+        samples = torch.from_numpy(words.spoken()[words.WORDS.index(word)]).to(time.device)
+        # Between two samples in a straight line; a zero stands behind the last.
+        samples = torch.nn.functional.pad(samples, (0, 1))
+        place = (time * SAMPLE_RATE * pitch).clamp(max=samples.shape[-1] - 1.001)
+        first = place.long()
+        before, behind = (samples[plan.voice[..., None], first + step] for step in (0, 1))
+        return before + (place - first) * (behind - before)
 
     voices: dict[Noise, Callable[[], Tensor]] = {
         "bell": lambda: (tone(880) + 0.6 * tone(2429) + 0.4 * tone(4752)) / 2 * decay(0.09),
@@ -121,6 +135,7 @@ def _sounds(plan: SoundPlan) -> Tensor:
         "horn": lambda: sum((tone(330 * n) / n for n in range(1, 7)), torch.zeros(())) / 1.8,
         "click": lambda: hiss * torch.exp(-(time % 0.03) / 0.004),
         "beep": lambda: tone(1000),
+        **{word: partial(said, word) for word in words.WORDS},
     }
     wave = torch.zeros_like(hiss)
     for index, noise in enumerate(NOISES):

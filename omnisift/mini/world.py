@@ -9,21 +9,23 @@ from typing import Literal, get_args
 
 import numpy as np
 
-SIDE = 168
+from omnisift.mini import words
+
+SIDE = 224
 DURATIONS = (6, 8, 10, 12, 16, 20)
 
 Colour = Literal["red", "green", "blue", "yellow", "pink", "cyan", "orange", "white"]
 Shape = Literal["circle", "square", "triangle", "ring", "cross"]
 Size = Literal["small", "large"]
 Action = Literal["flashes", "grows", "jumps", "vanishes", "collides", "appears"]
-Noise = Literal["bell", "whistle", "drum", "buzzer", "chirp", "horn", "click", "beep"]
+Noise = Literal["bell", "whistle", "drum", "buzzer", "chirp", "horn", "click", "beep", words.Word]
 Pattern = Literal["plain", "striped", "dotted", "checked"]
 Ambience = Literal["nothing", "noise", "music"]
 
 COLOURS: tuple[Colour, ...] = get_args(Colour)
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 ACTIONS: tuple[Action, ...] = get_args(Action)
-NOISES: tuple[Noise, ...] = get_args(Noise)
+NOISES: tuple[Noise, ...] = get_args(Noise)  # Literal flattens what is in it
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 AMBIENCES: tuple[Ambience, ...] = get_args(Ambience)
 
@@ -57,7 +59,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Sound:
-    """A short sound; `event` is the event it belongs to, None for one without a visible cause."""
+    """A short sound or a spoken word.
+
+    `event` is the event it belongs to, None for one without a visible cause; `voice` says a word.
+    """
 
     noise: Noise
     start_s: float
@@ -65,6 +70,7 @@ class Sound:
     pitch: float  # factor
     loudness: float  # peak amplitude
     event: int | None
+    voice: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class Scene:
     things: tuple[Thing, ...]
     events: tuple[Event, ...]  # in the order of time
     sounds: tuple[Sound, ...]  # in the order of time
-    pattern: Pattern
+    pattern: Pattern  # of the poster
+    poster: tuple[float, float]  # its centre; it hangs there all the time
     ambience: Ambience
     texture_seed: int
 
@@ -85,7 +92,8 @@ def draw_scene(seed: int, index: int, duration_s: int | None = None) -> Scene:
     chance = np.random.default_rng([seed, index])
     if duration_s is None:
         duration_s = int(chance.choice(DURATIONS))
-    things = _draw_things(chance)
+    *homes, poster = _draw_homes(chance)
+    things = _draw_things(chance, homes)
     starts = _draw_starts(chance, duration_s)
     events: list[Event] = []
     sounds: list[Sound] = []
@@ -99,37 +107,36 @@ def draw_scene(seed: int, index: int, duration_s: int | None = None) -> Scene:
             thing = int(chance.choice(actors))
             events.append(_draw_event(chance, thing, start_s, things, events))
         if sounds_too:
-            sounds.append(
-                Sound(
-                    noise=NOISES[int(chance.choice(noises))],
-                    start_s=start_s + float(chance.uniform(0.05, 0.35)),
-                    duration_s=float(chance.uniform(0.09, 0.18)),
-                    pitch=float(chance.uniform(0.92, 1.08)),
-                    loudness=float(chance.uniform(0.15, 0.5)),
-                    event=len(events) - 1 if acts else None,
-                )
-            )
+            noise = NOISES[int(chance.choice(noises))]
+            sounds.append(_draw_sound(chance, noise, start_s, len(events) - 1 if acts else None))
     return Scene(
         duration_s=duration_s,
         things=things,
         events=tuple(events),
         sounds=tuple(sounds),
         pattern=PATTERNS[int(chance.integers(len(PATTERNS)))],
+        poster=poster,
         ambience=AMBIENCES[int(chance.integers(len(AMBIENCES)))],
         texture_seed=int(chance.integers(2**31)),
     )
 
 
-def _draw_things(chance: np.random.Generator) -> tuple[Thing, ...]:
-    number = int(chance.integers(3, 6))
-    colours = chance.choice(len(COLOURS), size=number, replace=False)
+def _draw_homes(chance: np.random.Generator) -> list[tuple[float, float]]:
+    """Draw a place, x and y, for each object and one for the poster."""
+    number = int(chance.integers(3, 6)) + 1
     cells = chance.choice(_CELLS**2, size=number, replace=False)
+    corners = np.stack(np.divmod(cells, _CELLS), axis=1)
+    places = (corners + 0.5) * SIDE / _CELLS + chance.uniform(-6, 6, (number, 2))
+    return [(x, y) for x, y in places.tolist()]
+
+
+def _draw_things(
+    chance: np.random.Generator, homes: list[tuple[float, float]]
+) -> tuple[Thing, ...]:
+    colours = chance.choice(len(COLOURS), size=len(homes), replace=False)
     things = []
-    for colour, cell in zip(colours, cells, strict=True):
+    for colour, home in zip(colours, homes, strict=True):
         large = bool(chance.random() < 0.5)
-        x, y = ((np.array(divmod(int(cell), _CELLS)) + 0.5) * SIDE / _CELLS) + chance.uniform(
-            -6, 6, 2
-        )
         moves = bool(chance.random() < 0.5)
         sway = chance.uniform(4, 10, 2) * chance.choice([-1, 1], 2) if moves else np.zeros(2)
         things.append(
@@ -138,7 +145,7 @@ def _draw_things(chance: np.random.Generator) -> tuple[Thing, ...]:
                 shape=SHAPES[int(chance.integers(len(SHAPES)))],
                 size="large" if large else "small",
                 radius=float(chance.uniform(20, 23) if large else chance.uniform(12, 14)),
-                home=(float(x), float(y)),
+                home=home,
                 sway=(float(sway[0]), float(sway[1])),
                 sway_s=float(chance.uniform(3, 6)),
             )
@@ -155,6 +162,25 @@ def _draw_starts(chance: np.random.Generator, duration_s: int) -> list[float]:
     shift = chance.uniform(0, slack) if slack > 0 else 0.0
     starts: list[float] = (0.2 + shift + chosen * _SLOT_S + chance.uniform(0, 0.1, wanted)).tolist()
     return starts
+
+
+def _draw_sound(
+    chance: np.random.Generator, noise: Noise, start_s: float, event: int | None
+) -> Sound:
+    pitch = float(chance.uniform(0.92, 1.08))
+    duration_s, voice = float(chance.uniform(0.09, 0.18)), 0
+    if noise in words.WORDS:
+        voice = int(chance.integers(len(words.VOICES)))
+        duration_s = float(words.seconds()[words.WORDS.index(noise), voice]) / pitch
+    return Sound(
+        noise=noise,
+        start_s=start_s + float(chance.uniform(0.05, 0.35)),
+        duration_s=duration_s,
+        pitch=pitch,
+        loudness=float(chance.uniform(0.15, 0.5)),
+        event=event,
+        voice=voice,
+    )
 
 
 def _draw_event(

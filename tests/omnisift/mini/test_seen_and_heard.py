@@ -17,7 +17,10 @@ from pipeline.decoder import decode_file
 RED = Thing("red", "circle", "large", 22.0, (50.0, 60.0), (0.0, 0.0), 4.0)
 BLUE = Thing("blue", "square", "small", 13.0, (120.0, 110.0), (0.0, 0.0), 4.0)
 BEEP = Sound("beep", 2.0, 0.16, 1.0, 0.4, None)
-CANDIDATES = [Scene(6, (RED, BLUE), (), (BEEP,), "plain", "nothing", seed) for seed in range(20)]
+CANDIDATES = [
+    Scene(6, (RED, BLUE), (), (BEEP,), "plain", (170.0, 170.0), "nothing", seed)
+    for seed in range(20)
+]
 # One whose camera stands still.
 QUIET = next(scene for scene in CANDIDATES if not plan_pictures([scene]).jitter[:, :, 0].any())
 
@@ -106,7 +109,7 @@ def test_what_the_labels_say_of_audio_tokens_is_in_the_wave() -> None:
 
 def test_the_owner_of_a_token_is_the_object_on_it() -> None:
     seen = observe(plan_pictures([QUIET]), plan_sounds([QUIET]), 6, rough=False)
-    owner = seen.owner[0, 0].view(6, 6)
+    owner = seen.owner[0, 0].view(8, 8)
     assert owner[60 // 28, 50 // 28] == 0
     assert owner[110 // 28, 120 // 28] == 1
     assert owner[0, 5] == -1
@@ -115,7 +118,7 @@ def test_the_owner_of_a_token_is_the_object_on_it() -> None:
 def test_a_clip_decodes_to_what_was_drawn_and_heard(tmp_path: Path) -> None:
     scene = draw_scene(3, 1, 6)
     path = write_clip(tmp_path / "clip.mp4", scene)
-    side = 168 * 168
+    side = 224 * 224
     media = MediaConfig(min_pixels=side, max_pixels=side)
     decoded = decode_file(path, media, DecodeConfig())
     frames, _ = draw(plan_pictures([scene]), torch.arange(12) / 2)

@@ -125,7 +125,7 @@ RULES: dict[str, Rule] = {
     r"How many sounds are heard\?": lambda t: {str(t.heard.total())},
     r"How many objects are there\?": lambda t: {str(len(t.colours))},
     r"What shape is the (\w+) object\?": lambda t, colour: {t.colours[colour].shape},
-    r"What is the background like\?": lambda t: {t.scene.pattern},
+    r"What is the poster like\?": lambda t: {t.scene.pattern},
     r"What is heard in the background\?": lambda t: {t.scene.ambience},
 }
 
