@@ -1,7 +1,12 @@
-"""Train the small model: `--stage backbone`, then `--stage compressed --start FOLDER`."""
+"""Train the small model: `--stage backbone`, then `--stage compressed --start FOLDER`.
+
+With `--selector-steps` the second stage begins with the selector alone, the LLM as it was.
+"""
 
 import argparse
 import logging
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +42,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, required=True, help="learning rate")
     parser.add_argument("--grids", type=int, default=720, help="seconds of video a step")
     parser.add_argument("--consistency", type=float, default=0.0)
-    parser.add_argument("--selector-alone", type=float, default=0.0)
+    parser.add_argument("--selector-steps", type=int, default=0, help="of the selector alone")
+    parser.add_argument("--selector-alone-rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--exploration", type=float, default=0.0)
     parser.add_argument("--selector-rate", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -70,27 +76,35 @@ def main() -> None:
         untrained = {name: value.clone() for name, value in student.selector.state_dict().items()}
         load_model(student, options.start / "student.safetensors")
         student.selector.load_state_dict(untrained)
-    run_stage(
+    recipe = Recipe(
+        stage=options.stage,
+        schedule=Schedule(
+            steps=options.steps, learning_rate=options.rate, weight_decay=0.05, beta2=0.98
+        ),
+        seed=options.seed,
+        method=options.method,
+        retain=tuple(options.retain),
+        consistency=options.consistency,
+        exploration=options.exploration,
+        selector_rate=options.selector_rate,
+    )
+    run = partial(
+        run_stage,
         student,
         lessons,
-        Recipe(
-            stage=options.stage,
-            schedule=Schedule(
-                steps=options.steps, learning_rate=options.rate, weight_decay=0.05, beta2=0.98
-            ),
-            seed=options.seed,
-            method=options.method,
-            retain=tuple(options.retain),
-            consistency=options.consistency,
-            selector_alone=options.selector_alone,
-            exploration=options.exploration,
-            selector_rate=options.selector_rate,
-        ),
-        options.output,
         device=device,
         workers=options.workers,
         log_every=options.log_every,
     )
+    if options.selector_steps:
+        schedule = replace(
+            recipe.schedule,
+            steps=options.selector_steps,
+            learning_rate=options.selector_alone_rate,
+        )
+        alone = replace(recipe, stage="selector", schedule=schedule, selector_rate=1.0)
+        run(alone, options.output / "selector")
+    run(recipe, options.output)
     save_model(student, str(options.output / "student.safetensors"))
     trained = student.selector if METHODS[options.method].selector else None
     save_checkpoint(options.output / "model", student.model, trained, tokenizer)

@@ -1,6 +1,6 @@
 """What is trained: the thinker, the selector, and heads that only training has."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from omnisift.mini import towers
 from omnisift.mini.lessons import Lessons
 from omnisift.mini.observe import observe
 from omnisift.mini.world import ACTIONS, COLOURS, NOISES, SHAPES
+
+Stage = Literal["backbone", "selector", "compressed"]
 
 _TOWERS = ("visual.", "audio_tower.")  # one module down since transformers 5.23
 
@@ -36,11 +38,15 @@ class Student(nn.Module):
         """Return the LLM's layers, wherever transformers keeps them."""
         return getattr(self.model.model, "language_model", self.model.model)
 
-    def trained(self, stage: str) -> dict[str, nn.Parameter]:
-        """Return what a stage trains; the towers are frozen behind the first."""
+    def trained(self, stage: Stage) -> dict[str, nn.Parameter]:
+        """Return what a stage trains: all but the selector, the selector, it and the LLM."""
         heads = ("sound_head", "object_head", "look_heads", "cause_head")
         tower_names = tuple(f"model.{place}{name}" for place in ("", "model.") for name in _TOWERS)
-        frozen = ("selector.",) if stage == "backbone" else (*tower_names, *heads)
+        frozen = {
+            "backbone": ("selector.",),
+            "selector": ("model.", *heads),
+            "compressed": (*tower_names, *heads),
+        }[stage]
         chosen = {}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen) and "audio_bos_eos" not in name)

@@ -1,4 +1,4 @@
-"""Train the small model: the backbone on all tokens, then LLM and selector on compressed ones.
+"""Train the small model: the backbone on all tokens, then selector and LLM on compressed ones.
 
 Shapes: B scenes, T frames, G grids, N tokens of a grid, A audio tokens, L tokens of the block,
 P of the system turn, S of the questions, K objects, D width.
@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from omnisift.mini.observe import FPS, Seen, observe
 from omnisift.mini.pictures import ScenePlan
 from omnisift.mini.questions import KINDS
 from omnisift.mini.sounds import TOKENS_PER_SECOND
-from omnisift.mini.student import Student
+from omnisift.mini.student import Stage, Student
 from omnisift.mini.world import COLOURS, NOISES, SIDE
 from omnisift.training.exploring import Exploring
 from omnisift.training.loop import Schedule, train
@@ -59,14 +59,13 @@ def shares_for(retain: float) -> DropShares:
 class Recipe:
     """How a stage is trained."""
 
-    stage: Literal["backbone", "compressed"]
+    stage: Stage
     schedule: Schedule
     seed: int
     method: str = "none"
     retain: tuple[float, ...] = (1.0,)  # drawn anew each step
     consistency: float = 0.0  # weight: background tokens stay as they were a grid before
     selector_rate: float = 1.0  # times the learning rate
-    selector_alone: float = 0.0  # share of the steps in which the LLM stays as it was
     exploration: float = 0.0  # size of the noise on the scores that select
 
 
@@ -141,15 +140,11 @@ class Trainer:
     def loss(self, lesson: Lesson, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a lesson and what is logged; `progress` is the share of steps done."""
         recipe, student = self.recipe, self.student
-        if recipe.selector_alone:
-            alone = progress < recipe.selector_alone
-            for name, parameter in self.trained.items():
-                parameter.requires_grad_(not alone or name.startswith("selector."))
         pictures, sounds = lesson.plans(self.device)
         with torch.no_grad():
             seen = observe(pictures, sounds, lesson.duration_s, rough=True)
         wide = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-        frozen = torch.no_grad() if recipe.stage == "compressed" else nullcontext()
+        frozen = nullcontext() if recipe.stage == "backbone" else torch.no_grad()
         with wide:
             with frozen:
                 video = towers.encode_frames(student.model, seen.frames).float()
