@@ -19,7 +19,7 @@ import torch
 JOBS = Path(__file__).parent
 PARTS = ("backbones", "methods", "evaluate")
 SHARES = ("0.35", "0.25", "0.15", "0.10")
-_OMNISIFT = ("--exploration", "0.1", "--selector-alone", "0.05", "--selector-rate", "0.5")
+_OMNISIFT = ("--exploration", "0.1", "--selector-steps", "100", "--selector-rate", "0.05")
 
 
 class Run(NamedTuple):

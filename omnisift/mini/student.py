@@ -11,6 +11,8 @@ from omnisift.backbone import inner
 from omnisift.mini import towers
 from omnisift.mini.lessons import Lessons
 from omnisift.mini.observe import observe
+from omnisift.mini.pictures import ScenePlan
+from omnisift.mini.sounds import SoundPlan
 from omnisift.mini.world import ACTIONS, COLOURS, NOISES, SHAPES
 
 Stage = Literal["backbone", "selector", "compressed"]
@@ -63,8 +65,14 @@ def calibrate(student: Student, lessons: Lessons, device: torch.device) -> None:
     """
     few = Lessons(lessons.text, seed=lessons.seed, steps=1, grids=64)[0]
     pictures, sounds = few.plans(device)
-    seen = observe(pictures, sounds, few.duration_s, rough=True)
     student.to(device)
+    # Shapes of its own, for one look: not worth compiling.
+    with torch.compiler.set_stance("force_eager"):
+        _calibrate(student, pictures, sounds, few.duration_s)
+
+
+def _calibrate(student: Student, pictures: ScenePlan, sounds: SoundPlan, duration_s: int) -> None:
+    seen = observe(pictures, sounds, duration_s, rough=True)
     tower = inner(student.model).audio_tower
     window = 2 * tower.n_window
     x = seen.mel.unflatten(-1, (-1, window)).transpose(1, 2).flatten(0, 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from omnisift.backbone import inner
 from omnisift.media import FACTOR, MERGE, PATCH, TEMPORAL_PATCH, normalise
+from omnisift.mini.fused import fused
 from omnisift.mini.layers import GatedLayer, Linear, linear, rms_norm, rotate, split_heads
 
 _WINDOW = 2  # tokens of a window's side
@@ -52,7 +53,8 @@ def _rotation(visual: Any, rows: int, columns: int, device: torch.device) -> tup
     return angle.cos(), angle.sin()
 
 
-def vision_block(w: GatedLayer, x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+@fused
+def vision_block(x: Tensor, w: GatedLayer, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """Run a block of the vision tower on windows [N, 16, D]."""
     h = rms_norm(x, w.norm1, w.eps)
     query, key = (
@@ -74,7 +76,7 @@ def encode_frames(model: Any, frames: Tensor) -> Tensor:
     repeats = x.shape[0] // (rows * columns)
     cos, sin = cos.repeat(repeats, 1, 1, 1).to(x.dtype), sin.repeat(repeats, 1, 1, 1).to(x.dtype)
     for block in visual.blocks:
-        x = vision_block(GatedLayer.of_vision(block), x, cos, sin, block.attn.num_heads)
+        x = vision_block(x, GatedLayer.of_vision(block), cos, sin, block.attn.num_heads)
     merged: Tensor = visual.merger(x.reshape(-1, x.shape[-1]))
     grids = num_frames // TEMPORAL_PATCH
     tokens = merged.view(batch, grids, rows, columns, _WINDOW, _WINDOW, -1)
@@ -108,7 +110,8 @@ class AudioLayer(NamedTuple):
         )
 
 
-def audio_layer(w: AudioLayer, x: Tensor, num_heads: int) -> Tensor:
+@fused
+def audio_layer(x: Tensor, w: AudioLayer, num_heads: int) -> Tensor:
     """Run a layer of the audio tower on windows [N, frames, D]."""
     h = F.layer_norm(x, x.shape[-1:], *w.norm1)
     query, key, value = (split_heads(F.linear(h, *part), num_heads) for part in (w.q, w.k, w.v))
@@ -128,7 +131,7 @@ def encode_mel(model: Any, mel: Tensor) -> Tensor:
     x = F.gelu(tower.conv2(x)).transpose(1, 2)
     x = x + tower.positional_embedding.positional_embedding[: x.shape[1]].to(x.dtype)
     for layer in tower.layers:
-        x = audio_layer(AudioLayer.of(layer), x, layer.self_attn.num_heads)
+        x = audio_layer(x, AudioLayer.of(layer), layer.self_attn.num_heads)
     pooled = (x[:, 0::2] + x[:, 1::2]) / 2
     tokens: Tensor = tower.proj(tower.ln_post(pooled))
     return tokens.view(batch, num_frames // 4, -1)
