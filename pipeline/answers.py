@@ -273,8 +273,8 @@ class AnswerIndex:
         of_objects = pa.table({"uri": seen.column("uri"), "video_key": objects(seen)})
         self.videos = of_objects.filter(found)
         done = seen.filter(pc.and_(seen.column("own"), pc.equal(seen.column("status"), "ok")))
-        asks = b"".join(done.column("ask").to_pylist())
-        self._answered = key_index.KeyIndex(np.frombuffer(asks, key_index.KEY))
+        asks = np.frombuffer(b"".join(done.column("ask").to_pylist()), key_index.KEY)
+        self._answered = key_index.KeyIndex([key_index.entries(asks, np.arange(len(asks)))])
 
     def _remember(self, row: dict[str, Any], max_attempts: int) -> None:
         key, attempts = row["video_key"], row["attempts"]

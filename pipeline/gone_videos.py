@@ -45,9 +45,9 @@ class RollCall:
         videos = videos.filter(below)
         self._uris = pc.unique(videos.column("uri"))
         self._uri_of = np.asarray(pc.index_in(videos.column("uri"), self._uris), np.int64)
-        self._uri_index = key_index.KeyIndex(_in_blocks(self._uris, _digests))
+        self._uri_index = _numbered(_in_blocks(self._uris, _digests))
         video_keys = _in_blocks(videos.column("video_key"), key_index.from_hex)
-        self._key_index = key_index.KeyIndex(video_keys)
+        self._key_index = _numbered(video_keys)
         self._key_of = self._key_index.find(video_keys)
         self._named: npt.NDArray[np.bool_] = np.zeros(len(self._uris), np.bool_)
         self._recognised: npt.NDArray[np.bool_] = np.zeros(len(video_keys), np.bool_)
@@ -85,6 +85,10 @@ def _digests(uris: Sequence[str]) -> key_index.Keys:
     # A name that is not UTF-8 stands in the rows with its bytes spelt out.
     digests = (hashlib.sha256(uri.encode(errors="backslashreplace")).digest() for uri in uris)
     return np.frombuffer(b"".join(digests), key_index.KEY)
+
+
+def _numbered(found: key_index.Keys) -> key_index.KeyIndex:
+    return key_index.KeyIndex([key_index.entries(found, np.arange(len(found)))])
 
 
 def _in_blocks(

@@ -1,14 +1,33 @@
-"""A set of 32-byte keys that stays small: 10^7 of them take 320 MB, a Python set of them 1.2 GB."""
+"""Which place each 32-byte key has, for more keys than the memory holds.
+
+Up to 2^22 entries lie in memory. More are partitioned by the keys' first byte in the temporary
+folder, each partition is sorted by itself, and a look-up reads what it needs of the result: the
+memory stays that of one partition. The files have no names, so nothing is left of a killed process.
+"""
+
+import mmap
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 
-KEY = np.dtype("S32")
+from pipeline.errors import StartupError
 
-_BUCKETS = 1 << 16
+KEY = np.dtype("S32")
+ENTRY = np.dtype([("key", KEY), ("time", np.int64), ("place", np.int64)])
+
+IN_MEMORY = 1 << 22  # entries; the sort of so many takes 0.6 GB
+
+_PARTITIONS = 256
+_STORED = np.dtype([("key", KEY), ("place", np.int64)])  # one page of memory a look-up, not two
+_AT_ONCE = 1 << 16  # keys looked up, or places read, before the pages they touched are given back
 
 Keys = npt.NDArray[np.bytes_]
 Integers = npt.NDArray[np.int64]
+Entries = npt.NDArray[np.void]
 
 
 def from_hex(keys: list[str]) -> Keys:
@@ -24,36 +43,68 @@ def from_hex(keys: list[str]) -> Keys:
     return np.frombuffer(data, KEY)
 
 
-class KeyIndex:
-    """Say at which place of the given order a key stands; of equal keys the last one counts."""
+def entries(keys: Keys, places: Integers, times: Integers | int = 0) -> Entries:
+    """Return what KeyIndex takes: keys, their places and how late each is."""
+    made = np.empty(len(keys), ENTRY)
+    made["key"], made["place"], made["time"] = keys, places, times
+    return made
 
-    def __init__(self, keys: Keys) -> None:
-        """Sort `keys` [n]."""
-        order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        last = np.ones(len(keys), dtype=np.bool_)
-        last[:-1] = keys[:-1] != keys[1:]
-        self._keys: Keys = keys[last]
-        self._places: Integers = order[last].astype(np.int64)
-        # Where the keys of each first two bytes start: a search in all of 10^7 waits for memory
-        # 24 times, one in a bucket of 150 hardly ever.
-        buckets = np.bincount(_bucket(self._keys), minlength=_BUCKETS)
-        self._starts: Integers = np.concatenate([[0], np.cumsum(buckets)])
+
+class KeyIndex:
+    """Say which place a key has: of equal keys the latest counts, then the highest place."""
+
+    def __init__(self, pieces: Iterable[Entries]) -> None:
+        """Take the entries piece by piece, in any order.
+
+        Raises StartupError when the temporary folder has no room for what the memory has none.
+        """
+        waiting: list[Entries] = [np.empty(0, ENTRY)]
+        partitions: _Partitions | None = None
+        for piece in pieces:
+            waiting.append(piece)
+            if sum(map(len, waiting)) >= IN_MEMORY:
+                partitions = partitions or _Partitions()
+                partitions.add(np.concatenate(waiting))
+                waiting.clear()
+        if partitions is None:
+            self._mapped: mmap.mmap | None = None
+            self._num_bytes = 2
+            stored = _settled(np.concatenate(waiting))
+            starts = _starts(stored["key"], 2)
+        else:
+            if waiting:
+                partitions.add(np.concatenate(waiting))
+            self._num_bytes = 3
+            self._mapped, starts = _sorted_file(partitions)
+            stored = np.frombuffer(self._mapped, _STORED)
+        self._keys: Keys = stored["key"]
+        self._places: Integers = stored["place"]
+        # Where the keys of each first two or three bytes start: a search in all of 10^7 waits for
+        # memory 24 times, one in a bucket of 60 hardly ever.
+        self._starts: Integers = starts
 
     def __len__(self) -> int:
         """Return the number of distinct keys."""
         return len(self._keys)
 
-    @property
-    def places(self) -> Integers:
-        """Return the places that count: of equal keys the last one's."""
-        return self._places
+    def places(self) -> Iterator[Integers]:
+        """Yield the places that count, those of superseded entries left out, in pieces."""
+        for start in range(0, len(self), _AT_ONCE):
+            yield np.array(self._places[start : start + _AT_ONCE])
+            self._give_back()
 
     def find(self, keys: Keys) -> Integers:
-        """Return the place of each key in the order given to the constructor; -1: not there."""
+        """Return the place of each key; -1: not there."""
+        pieces = [np.empty(0, np.int64)]
+        for start in range(0, len(keys), _AT_ONCE):
+            pieces.append(self._find(keys[start : start + _AT_ONCE]))
+            self._give_back()
+        return np.concatenate(pieces)
+
+    def _find(self, keys: Keys) -> Integers:
         if not len(self._keys):
             return np.full(len(keys), -1, dtype=np.int64)
-        bucket = _bucket(keys)
+        bucket = _leading(keys, self._num_bytes)
         low, high = self._starts[bucket], self._starts[bucket + 1]
         while (low < high).any():
             middle = (low + high) // 2
@@ -63,8 +114,98 @@ class KeyIndex:
         nearest = low.clip(max=len(self._keys) - 1)
         return np.where(self._keys[nearest] == keys, self._places[nearest], -1)
 
+    def _give_back(self) -> None:
+        """Let go of the pages that were read: the system keeps them only while it has room."""
+        if self._mapped is not None:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
-def _bucket(keys: Keys) -> Integers:
-    """Return the first two bytes of each key as a number."""
-    pairs = np.ascontiguousarray(keys).view(">u2").reshape(len(keys), 16)
-    return pairs[:, 0].astype(np.int64)
+
+class _Partitions:
+    """Entries by the first byte of their keys, in a temporary file."""
+
+    def __init__(self) -> None:
+        self._file = _temporary_file()
+        self._lengths: list[Integers] = []  # of each partition, for each call of `add`
+
+    def add(self, added: Entries) -> None:
+        first = _leading(added["key"], 1)
+        order = np.argsort(first.astype(np.uint8), kind="stable")
+        _append(self._file, added[order])
+        self._lengths.append(np.bincount(first, minlength=_PARTITIONS))
+
+    def __iter__(self) -> Iterator[Entries]:
+        lengths = np.array(self._lengths)
+        starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
+        for partition in range(_PARTITIONS):
+            pieces = []
+            for start, length in zip(starts[:, partition], lengths[:, partition], strict=True):
+                self._file.seek(int(start) * ENTRY.itemsize)
+                pieces.append(np.fromfile(self._file, ENTRY, int(length)))
+            yield np.concatenate(pieces)
+
+
+def _sorted_file(partitions: _Partitions) -> tuple[mmap.mmap, Integers]:
+    """Return what counts of all partitions as a sorted file, and where the buckets start in it."""
+    file = _temporary_file()
+    starts = np.zeros((1 << 24) + 1, np.int64)
+    behind = starts[1:].reshape(_PARTITIONS, 1 << 16)
+    total = 0
+    for partition, found in enumerate(partitions):
+        stored = _settled(found)
+        _append(file, stored)
+        # The first byte is the same in all, the next two say which bucket.
+        behind[partition] = total + _starts(stored["key"], 3, offset=partition << 16)[1:]
+        total += len(stored)
+    file.flush()
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    mapped.madvise(mmap.MADV_RANDOM)
+    return mapped, starts
+
+
+def _settled(found: Entries) -> npt.NDArray[np.void]:
+    """Return what counts of `found`, sorted by key."""
+    order = np.lexsort((found["place"], found["time"]))
+    keys: Keys = found["key"][order]
+    by_key = np.argsort(keys, kind="stable")
+    keys = keys[by_key]
+    last = np.ones(len(keys), np.bool_)
+    last[:-1] = keys[:-1] != keys[1:]
+    stored = np.empty(int(last.sum()), _STORED)
+    stored["key"], stored["place"] = keys[last], found["place"][order[by_key[last]]]
+    return stored
+
+
+def _starts(keys: Keys, num_bytes: int, *, offset: int = 0) -> Integers:
+    """Return where the keys of each bucket start; the buckets are 2^16, `offset` the first."""
+    lengths = np.bincount(_leading(keys, num_bytes) - offset, minlength=1 << 16)
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _leading(keys: Keys, num_bytes: int) -> Integers:
+    """Return the first bytes of each key as a number."""
+    all_bytes = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), KEY.itemsize)
+    number = np.zeros(len(keys), np.int64)
+    for place in range(num_bytes):
+        number = number << 8 | all_bytes[:, place]
+    return number
+
+
+def _temporary_file() -> BinaryIO:
+    with _room():
+        return cast("BinaryIO", tempfile.TemporaryFile())
+
+
+def _append(file: BinaryIO, data: npt.NDArray[np.void]) -> None:
+    with _room():
+        data.tofile(file)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StartupError(
+            f"the index of a large cache needs 100 bytes a video in {tempfile.gettempdir()}: "
+            f"{error}; make room there, or set TMPDIR"
+        ) from error

@@ -112,7 +112,7 @@ def test_a_key_file_that_is_wrong_is_a_fault(folder: str) -> None:
     uri = _write(folder, "a")
     other = cache_keys.read_part(STORAGE, _write(folder, "b"))
     assert other is not None
-    key_file = cache_keys.write_keys(STORAGE, folder, [(uri, other)], replaces=())
+    key_file = cache_keys.write_keys(STORAGE, folder, [(uri, other)])
     assert list(verify_cache(STORAGE, folder)) == [
         f"{key_file}: names other videos than {uri} holds"
     ]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.key_index import KEY, KeyIndex, Keys, from_hex
+from pipeline.key_index import KEY, KeyIndex, Keys, entries, from_hex
 
 # Few distinct bytes, zeros among them: numpy's strings treat zeros at the end as padding.
 few = st.lists(st.sampled_from([0, 1, 255]), min_size=32, max_size=32).map(bytes)
@@ -22,7 +22,7 @@ def test_keys_are_found_as_in_a_dict_that_was_filled_in_order(
     stored: list[bytes], asked: list[bytes]
 ) -> None:
     oracle = {key: place for place, key in enumerate(stored)}
-    index = KeyIndex(_array(stored))
+    index = KeyIndex([entries(_array(stored), np.arange(len(stored)))])
     asked = asked + stored
     assert index.find(_array(asked)).tolist() == [oracle.get(key, -1) for key in asked]
     assert len(index) == len(oracle)
