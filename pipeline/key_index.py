@@ -8,7 +8,7 @@ memory stays that of one partition. The files have no names, so nothing is left 
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -58,25 +58,25 @@ class KeyIndex:
 
         Raises StartupError when the temporary folder has no room for what the memory has none.
         """
-        waiting: list[Entries] = [np.empty(0, ENTRY)]
-        partitions: _Partitions | None = None
-        for piece in pieces:
-            waiting.append(piece)
-            if sum(map(len, waiting)) >= IN_MEMORY:
-                partitions = partitions or _Partitions()
+        self._mapped: mmap.mmap | None = None
+        self._num_bytes = 2
+        with ExitStack() as files:
+            waiting: list[Entries] = [np.empty(0, ENTRY)]
+            partitions: _Partitions | None = None
+            for piece in pieces:
+                waiting.append(piece)
+                if sum(map(len, waiting)) >= IN_MEMORY:
+                    partitions = partitions or _Partitions(files.enter_context(_temporary_file()))
+                    partitions.add(np.concatenate(waiting))
+                    waiting = [np.empty(0, ENTRY)]
+            if partitions is None:
+                stored = _settled(np.concatenate(waiting))
+                starts = _starts(stored["key"], self._num_bytes)
+            else:
                 partitions.add(np.concatenate(waiting))
-                waiting.clear()
-        if partitions is None:
-            self._mapped: mmap.mmap | None = None
-            self._num_bytes = 2
-            stored = _settled(np.concatenate(waiting))
-            starts = _starts(stored["key"], 2)
-        else:
-            if waiting:
-                partitions.add(np.concatenate(waiting))
-            self._num_bytes = 3
-            self._mapped, starts = _sorted_file(partitions)
-            stored = np.frombuffer(self._mapped, _STORED)
+                self._num_bytes = 3
+                self._mapped, starts = _sorted_file(partitions)
+                stored = np.frombuffer(self._mapped, _STORED)
         self._keys: Keys = stored["key"]
         self._places: Integers = stored["place"]
         # Where the keys of each first two or three bytes start: a search in all of 10^7 waits for
@@ -121,10 +121,10 @@ class KeyIndex:
 
 
 class _Partitions:
-    """Entries by the first byte of their keys, in a temporary file."""
+    """Entries by the first byte of their keys, in a file."""
 
-    def __init__(self) -> None:
-        self._file = _temporary_file()
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._lengths: list[Integers] = []  # of each partition, for each call of `add`
 
     def add(self, added: Entries) -> None:
@@ -146,18 +146,18 @@ class _Partitions:
 
 def _sorted_file(partitions: _Partitions) -> tuple[mmap.mmap, Integers]:
     """Return what counts of all partitions as a sorted file, and where the buckets start in it."""
-    file = _temporary_file()
     starts = np.zeros((1 << 24) + 1, np.int64)
     behind = starts[1:].reshape(_PARTITIONS, 1 << 16)
     total = 0
-    for partition, found in enumerate(partitions):
-        stored = _settled(found)
-        _append(file, stored)
-        # The first byte is the same in all, the next two say which bucket.
-        behind[partition] = total + _starts(stored["key"], 3, offset=partition << 16)[1:]
-        total += len(stored)
-    file.flush()
-    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    with _temporary_file() as file:
+        for partition, found in enumerate(partitions):
+            stored = _settled(found)
+            _append(file, stored)
+            # The first byte is the same in all, the next two say which bucket.
+            behind[partition] = total + _starts(stored["key"], 3, offset=partition << 16)[1:]
+            total += len(stored)
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     mapped.madvise(mmap.MADV_RANDOM)
     return mapped, starts
 
