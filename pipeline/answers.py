@@ -9,7 +9,7 @@ count no more, and they are deleted when nobody can still be reading them.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -23,9 +23,15 @@ import pyarrow.compute as pc
 from pipeline import key_index, rows
 from pipeline.errors import StartupError
 from pipeline.keys import plain
-from pipeline.parquet import UNREADABLE, count_rows, read_columns
-from pipeline.readers_view import objects, seen_by_readers
+from pipeline.parquet import UNREADABLE, count_rows, read_columns, read_each
+from pipeline.readers_view import (
+    current_of_uris,
+    objects,
+    seen_by_readers,
+    seen_of_objects,
+)
 from pipeline.retry import is_given_up
+from pipeline.spilled_rows import SpilledRows
 from pipeline.storage import Storage, StorageError, join
 
 log = logging.getLogger(__name__)
@@ -240,41 +246,54 @@ class AnswerIndex:
         `max_attempts` is `retry.max_attempts`; 0 gives nothing up.
         """
         files = find_files(output, storage)
-        self.unreadable: list[str] = []
-        tables = [_SEEN.empty_table()]
         uris = [uri for uri in (*files.committed, *files.orphans) if is_answers(uri)]
-        with ThreadPoolExecutor(_READERS) as pool:
-            read = pool.map(lambda uri: _read_seen(storage, uri, fingerprint), uris)
-            for uri, table in zip(uris, read, strict=True):
-                if table is None:
-                    self.unreadable.append(uri)
-                else:
-                    tables.append(table)
+        self.unreadable: list[str] = []
+        self._attempts: dict[str, int] = {}
+        self._given_up: dict[str, Failure] = {}
+        self._asks_given_up: set[bytes] = set()
+        # Rows written from now on are later than all there are, whatever this machine's clock says.
+        self.not_before = datetime.fromtimestamp(0, UTC)
+        of_uris = SpilledRows(_SEEN, together="uri")
+        for uri, table in read_each(uris, lambda uri: _read_seen(storage, uri, fingerprint)):
+            if table is None:
+                self.unreadable.append(uri)
+            else:
+                self._note(table, max_attempts)
+                place = pa.array(np.arange(table.num_rows) + len(of_uris))
+                of_uris.add(table.append_column("place", place))
         # A file that somebody copied in part is adopted by no run: its rows are done again.
         self.orphans = [
             uri
             for uri in files.orphans
             if uri not in self.unreadable and (is_answers(uri) or _is_readable(storage, uri))
         ]
-        seen = pa.concat_tables(tables)
-        own = seen.column("own")
-        ok = pc.equal(seen.column("status"), "ok")
-        self._attempts: dict[str, int] = {}
-        self._given_up: dict[str, Failure] = {}
-        self._asks_given_up: set[bytes] = set()
-        for row in seen.filter(pc.and_not(own, ok)).to_pylist():
-            self._remember(row, max_attempts)
-        newest = pc.max(seen.column("created_at")).as_py() or datetime.fromtimestamp(0, UTC)
-        # Rows written from now on are later than all there are, whatever this machine's clock says.
-        self.not_before: datetime = newest + timedelta(microseconds=1)
         # What readers see is settled among all rows, those of other settings included.
-        seen = seen_by_readers(seen)
-        found = pc.fill_null(pc.not_equal(seen.column("error_stage"), "source"), True)
-        of_objects = pa.table({"uri": seen.column("uri"), "video_key": objects(seen)})
-        self.videos = of_objects.filter(found)
-        done = seen.filter(pc.and_(seen.column("own"), pc.equal(seen.column("status"), "ok")))
-        asks = np.frombuffer(b"".join(done.column("ask").to_pylist()), key_index.KEY)
-        self._answered = key_index.KeyIndex([key_index.entries(asks, np.arange(len(asks)))])
+        of_objects = SpilledRows(_SEEN, together="object_key")
+        for table in of_uris:
+            of_objects.add(current_of_uris(table))
+        self.videos = SpilledRows(SEEN_VIDEOS)
+        self._answered = key_index.KeyIndex(self._see(of_objects))
+
+    def _note(self, table: pa.Table, max_attempts: int) -> None:
+        """Note what is known from each row by itself."""
+        failed = pc.and_not(table.column("own"), pc.equal(table.column("status"), "ok"))
+        for row in table.filter(failed).to_pylist():
+            self._remember(row, max_attempts)
+        newest = pc.max(table.column("created_at")).as_py()
+        if newest is not None:
+            self.not_before = max(self.not_before, newest + timedelta(microseconds=1))
+
+    def _see(self, of_objects: SpilledRows) -> Iterator[key_index.Entries]:
+        """Yield what has been answered; keep in `videos` what readers see an object of."""
+        for table in of_objects:
+            seen = seen_of_objects(table.sort_by("place"))
+            found = pc.fill_null(pc.not_equal(seen.column("error_stage"), "source"), True)
+            videos = seen.filter(found)
+            columns = [videos.column("uri"), videos.column("object_key")]
+            self.videos.add(pa.table(columns, schema=SEEN_VIDEOS))
+            done = seen.filter(pc.and_(seen.column("own"), pc.equal(seen.column("status"), "ok")))
+            asks = np.frombuffer(b"".join(done.column("ask").to_pylist()), key_index.KEY)
+            yield key_index.entries(asks, np.arange(len(asks)))
 
     def _remember(self, row: dict[str, Any], max_attempts: int) -> None:
         key, attempts = row["video_key"], row["attempts"]
@@ -311,8 +330,11 @@ class AnswerIndex:
         return [self._attempts.get(key, 0) for key in video_keys]
 
 
-# The columns that settle what readers see; 10^7 rows of them take 3 GB while they are read.
-_SEEN = pa.schema(
+# Which object readers see of a uri; the key is that of the video, also where it is cut in windows.
+SEEN_VIDEOS = pa.schema([("uri", pa.string()), ("video_key", pa.string())])
+
+# The columns that settle what readers see; a million rows of them take 0.3 GB.
+_READ = pa.schema(
     [
         *(
             rows.ANSWERS.field(name)
@@ -335,6 +357,7 @@ _SEEN = pa.schema(
         ("ask", pa.binary(32)),
     ]
 )
+_SEEN = _READ.append(pa.field("place", pa.int64()))  # among all rows: it decides between equals
 
 
 def _is_readable(storage: Storage, uri: str) -> bool:
@@ -347,7 +370,7 @@ def _is_readable(storage: Storage, uri: str) -> bool:
 
 
 def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:
-    stored = [name for name in _SEEN.names if name in rows.ANSWERS.names]
+    stored = [name for name in _READ.names if name in rows.ANSWERS.names]
     columns = [*stored, "prompt", "choices", "fingerprint"]
     try:
         table = rows.completed(read_columns(storage, uri, columns), columns, rows.ANSWERS)
@@ -358,6 +381,8 @@ def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:
     asked = (table.column(name).to_pylist() for name in names)
     asks = [ask_key(*ask) for ask in zip(*asked, strict=True)]
     own = pc.equal(table.column("fingerprint"), fingerprint)
+    of_object = table.column_names.index("object_key")
+    table = table.set_column(of_object, "object_key", objects(table))
     return pa.table(
-        [*table.select(stored).columns, own, pa.array(asks, pa.binary(32))], schema=_SEEN
+        [*table.select(stored).columns, own, pa.array(asks, pa.binary(32))], schema=_READ
     )

@@ -9,14 +9,13 @@ or broken costs time.
 import logging
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import key_index
-from pipeline.parquet import UNREADABLE, read_columns
+from pipeline.parquet import UNREADABLE, read_columns, read_each
 from pipeline.storage import Storage, StorageError, join
 
 log = logging.getLogger(__name__)
@@ -30,9 +29,6 @@ KEYS = pa.schema(
 )
 
 KEYS_A_FILE = 1 << 22  # read, and written, as a whole
-
-_READERS = 32  # files whose keys are read at the same time: the wait is for the object store
-_AT_ONCE = 1024  # of those files, lest their keys pile up
 
 # The keys of a part file's rows and when each was written, in microseconds, in their order.
 FileKeys = tuple[key_index.Keys, key_index.Integers]
@@ -51,12 +47,7 @@ def read_keys(
             if file in left:
                 del left[file]
                 yield file, keys_of_file
-    uris = list(left)
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(uris), _AT_ONCE):
-            some = uris[start : start + _AT_ONCE]
-            parts = pool.map(lambda uri: read_part(storage, uri), some)
-            yield from zip(some, parts, strict=True)
+    yield from read_each(list(left), lambda uri: read_part(storage, uri))
 
 
 def read_part(storage: Storage, uri: str) -> FileKeys | None:

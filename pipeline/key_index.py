@@ -6,15 +6,14 @@ memory stays that of one partition. The files have no names, so nothing is left 
 """
 
 import mmap
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import BinaryIO, cast
+from contextlib import ExitStack
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import StartupError
+from pipeline.temporary import room, temporary_file
 
 KEY = np.dtype("S32")
 ENTRY = np.dtype([("key", KEY), ("time", np.int64), ("place", np.int64)])
@@ -66,7 +65,7 @@ class KeyIndex:
             for piece in pieces:
                 waiting.append(piece)
                 if sum(map(len, waiting)) >= IN_MEMORY:
-                    partitions = partitions or _Partitions(files.enter_context(_temporary_file()))
+                    partitions = partitions or _Partitions(files.enter_context(temporary_file()))
                     partitions.add(np.concatenate(waiting))
                     waiting = [np.empty(0, ENTRY)]
             if partitions is None:
@@ -149,7 +148,7 @@ def _sorted_file(partitions: _Partitions) -> tuple[mmap.mmap, Integers]:
     starts = np.zeros((1 << 24) + 1, np.int64)
     behind = starts[1:].reshape(_PARTITIONS, 1 << 16)
     total = 0
-    with _temporary_file() as file:
+    with temporary_file() as file:
         for partition, found in enumerate(partitions):
             stored = _settled(found)
             _append(file, stored)
@@ -190,22 +189,6 @@ def _leading(keys: Keys, num_bytes: int) -> Integers:
     return number
 
 
-def _temporary_file() -> BinaryIO:
-    with _room():
-        return cast("BinaryIO", tempfile.TemporaryFile())
-
-
 def _append(file: BinaryIO, data: npt.NDArray[np.void]) -> None:
-    with _room():
+    with room():
         data.tofile(file)
-
-
-@contextmanager
-def _room() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StartupError(
-            f"the index of a large cache needs 100 bytes a video in {tempfile.gettempdir()}: "
-            f"{error}; make room there, or set TMPDIR"
-        ) from error

@@ -4,13 +4,20 @@ Single-threaded: Arrow's own threads reading a Python file abort the interpreter
 it ends (apache/arrow#34314, #50482). Many files are read side by side by threads of ours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.storage import Storage
+
+_T = TypeVar("_T")
+
+_READERS = 32  # files read at the same time: the wait is for the object store
+_AHEAD = 128  # files, lest what was read piles up
 
 # What reading damaged Parquet is known to raise; OSError is Arrow's word for a broken page.
 UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError)
@@ -45,3 +52,11 @@ def count_rows(storage: Storage, uri: str) -> int:
     """Return how many rows a file has, from its footer alone."""
     with open_parquet(storage, uri) as part:
         return int(part.metadata.num_rows)
+
+
+def read_each(uris: Sequence[str], read: Callable[[str], _T]) -> Iterator[tuple[str, _T]]:
+    """Yield each uri, in order, with what `read` makes of it; many are read side by side."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(uris), _AHEAD):
+            some = uris[start : start + _AHEAD]
+            yield from zip(some, pool.map(read, some), strict=True)
