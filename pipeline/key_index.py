@@ -22,7 +22,9 @@ IN_MEMORY = 1 << 22  # entries; the sort of so many takes 0.6 GB
 
 _PARTITIONS = 256
 _STORED = np.dtype([("key", KEY), ("place", np.int64)])  # one page of memory a look-up, not two
-_AT_ONCE = 1 << 16  # keys looked up, or places read, before the pages they touched are given back
+_READ_AT_ONCE = 1 << 16
+# A look-up may map 16 pages around each that it touches: 64 KB, and 0.1 GB for so many.
+_FOUND_AT_ONCE = 1 << 11
 
 Keys = npt.NDArray[np.bytes_]
 Integers = npt.NDArray[np.int64]
@@ -88,15 +90,17 @@ class KeyIndex:
 
     def places(self) -> Iterator[Integers]:
         """Yield the places that count, those of superseded entries left out, in pieces."""
-        for start in range(0, len(self), _AT_ONCE):
-            yield np.array(self._places[start : start + _AT_ONCE])
+        for start in range(0, len(self), _READ_AT_ONCE):
+            yield np.array(self._places[start : start + _READ_AT_ONCE])
             self._give_back()
 
     def find(self, keys: Keys) -> Integers:
         """Return the place of each key; -1: not there."""
+        if self._mapped is None:
+            return self._find(keys)
         pieces = [np.empty(0, np.int64)]
-        for start in range(0, len(keys), _AT_ONCE):
-            pieces.append(self._find(keys[start : start + _AT_ONCE]))
+        for start in range(0, len(keys), _FOUND_AT_ONCE):
+            pieces.append(self._find(keys[start : start + _FOUND_AT_ONCE]))
             self._give_back()
         return np.concatenate(pieces)
 
