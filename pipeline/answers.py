@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 COMMITTED = "_COMMITTED"
 
+_AT_ONCE = 8192  # rows taken apart in Python
 _READERS = 32  # files read at the same time: the wait is for the object store
 
 
@@ -72,6 +74,7 @@ class OutputFiles:
 
     committed: tuple[str, ...]
     orphans: tuple[str, ...]  # in no run's list: of a run that was killed, or still goes on
+    sizes: Mapping[str, int]  # in bytes, of those that exist
 
 
 def find_files(output: str, storage: Storage) -> OutputFiles:
@@ -83,7 +86,7 @@ def find_files(output: str, storage: Storage) -> OutputFiles:
     listed = {uri for commit in commits.values() for uri in commit.listed(output)}
     replaced = {uri for commit in commits.values() for uri in commit.replaced(output)}
     return OutputFiles(
-        tuple(sorted(listed - replaced)), tuple(sorted(found.keys() - listed - replaced))
+        tuple(sorted(listed - replaced)), tuple(sorted(found.keys() - listed - replaced)), found
     )
 
 
@@ -254,7 +257,8 @@ class AnswerIndex:
         # Rows written from now on are later than all there are, whatever this machine's clock says.
         self.not_before = datetime.fromtimestamp(0, UTC)
         of_uris = SpilledRows(_SEEN, together="uri")
-        for uri, table in read_each(uris, lambda uri: _read_seen(storage, uri, fingerprint)):
+        read = partial(_read_seen, storage, fingerprint=fingerprint)
+        for uri, table in read_each(uris, read, files.sizes):
             if table is None:
                 self.unreadable.append(uri)
             else:
@@ -369,7 +373,7 @@ def _is_readable(storage: Storage, uri: str) -> bool:
     return True
 
 
-def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:
+def _read_seen(storage: Storage, uri: str, *, fingerprint: str) -> pa.Table | None:
     stored = [name for name in _READ.names if name in rows.ANSWERS.names]
     columns = [*stored, "prompt", "choices", "fingerprint"]
     try:
@@ -377,9 +381,12 @@ def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:
     except (*UNREADABLE, StorageError) as error:
         log.warning("answers file %s cannot be read, it is left out: %s", uri, error)
         return None
-    names = ("video_key", "prompt_id", "prompt", "choices")
-    asked = (table.column(name).to_pylist() for name in names)
-    asks = [ask_key(*ask) for ask in zip(*asked, strict=True)]
+    asked = table.select(["video_key", "prompt_id", "prompt", "choices"])
+    asks = [
+        ask_key(*ask)
+        for batch in asked.to_batches(max_chunksize=_AT_ONCE)
+        for ask in zip(*(column.to_pylist() for column in batch.columns), strict=True)
+    ]
     own = pc.equal(table.column("fingerprint"), fingerprint)
     of_object = table.column_names.index("object_key")
     table = table.set_column(of_object, "object_key", objects(table))

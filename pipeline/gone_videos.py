@@ -133,7 +133,7 @@ def _read_videos(storage: Storage, output: str) -> Iterable[pa.Table]:
             return schema.empty_table()  # jobs/verify.py names it
 
     uris = [uri for uri in (*files.committed, *files.orphans) if "/videos-" in uri]
-    yield from (table for _, table in read_each(uris, read))
+    yield from (table for _, table in read_each(uris, read, files.sizes))
 
 
 @dataclass(frozen=True)
