@@ -275,6 +275,7 @@ class AnswerIndex:
         of_objects = SpilledRows(_SEEN, together="object_key")
         for table in of_uris:
             of_objects.add(current_of_uris(table))
+        del of_uris  # its file may be large
         self.videos = SpilledRows(SEEN_VIDEOS)
         self._answered = key_index.KeyIndex(self._see(of_objects))
 
@@ -337,7 +338,7 @@ class AnswerIndex:
 # Which object readers see of a uri; the key is that of the video, also where it is cut in windows.
 SEEN_VIDEOS = pa.schema([("uri", pa.string()), ("video_key", pa.string())])
 
-# The columns that settle what readers see; a million rows of them take 0.3 GB.
+# The columns that settle what readers see; a million rows of them take 0.4 GB.
 _READ = pa.schema(
     [
         *(

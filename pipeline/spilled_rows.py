@@ -1,4 +1,4 @@
-"""Rows of more tables than the memory holds: beyond a million they lie in the temporary folder."""
+"""Rows of more tables than the memory holds: many of them lie in the temporary folder."""
 
 import io
 import weakref
@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.temporary import room, temporary_file
 
-IN_MEMORY = 1 << 20  # rows; of those that say what has been answered, 0.3 GB
+IN_MEMORY = 1 << 18  # rows; of those that say what has been answered, 0.1 GB
 
-_PARTITIONS = 256
+_PARTITIONS = 1024  # of 10^9 rows each has a million
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 _Extent = tuple[int, int]  # where a table lies in the file, and its length
@@ -23,7 +24,7 @@ class SpilledRows:
     """Rows to be added table by table, then gone through any number of times, in their order.
 
     With `together`, the name of a text column, rows that have the same text come in one table:
-    in that of all as long as they fit into memory, then in one of 256.
+    in that of all as long as they fit into memory, then in one of 1024.
     """
 
     def __init__(self, schema: pa.Schema, *, together: str | None = None) -> None:
@@ -99,7 +100,7 @@ class SpilledRows:
             return reader.read_all()
 
 
-def _partitions(texts: pa.ChunkedArray) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def _partitions(texts: pa.ChunkedArray) -> npt.NDArray[np.uint16]:
     """Return the partition of each text: equal ones have the same."""
     found = (zlib.crc32((text or "").encode()) % _PARTITIONS for text in texts.to_pylist())
-    return np.fromiter(found, np.uint8, len(texts))
+    return np.fromiter(found, np.uint16, len(texts))

@@ -107,12 +107,12 @@ def test_a_report_does_not_depend_on_how_much_lies_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = [_video, _failed, _hit, _unanswered]
-    blocks = [[kinds[n % 4](f"{n}{m}") for n in range(7)] for m in range(5)]
+    blocks = [[kinds[n % 4](f"{n}{m}") for n in range(7)] for m in range(3)]
     prompts = sum(len(row["prompts"]) for block in blocks for row in block)
-    counts = WorkCounts(videos=35, fresh=25, cached=10, prompts=prompts)
+    counts = WorkCounts(videos=21, fresh=15, cached=6, prompts=prompts)
     blocks.append(blocks[0])  # a task that was repeated
     expected = _report(tmp_path / "whole", blocks, counts)
-    assert (expected.videos, expected.videos_failed) == (35, 10)
+    assert (expected.videos, expected.videos_failed) == (21, 6)
     monkeypatch.setattr(spilled_rows, "IN_MEMORY", 3)
     found = _report(tmp_path / "spilled", blocks, counts)
 
