@@ -1,11 +1,13 @@
 """Which place each 32-byte key has, for more keys than the memory holds.
 
-Up to 2^22 entries lie in memory. More are partitioned by the keys' first byte in the temporary
-folder, each partition is sorted by itself, and a look-up reads what it needs of the result: the
-memory stays that of one partition. The files have no names, so nothing is left of a killed process.
+Up to 2^22 entries are sorted in memory. More are partitioned by the keys' first byte in the
+temporary folder, and sorted one partition after the other, so that no more memory is needed than
+for the largest. What that leaves is held in memory up to 2^24 entries (0.7 GB); beyond, a look-up
+reads some bytes of a file. The files have no names, so nothing is left of a killed process.
 """
 
-import mmap
+import os
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import BinaryIO
@@ -18,13 +20,11 @@ from pipeline.temporary import room, temporary_file
 KEY = np.dtype("S32")
 ENTRY = np.dtype([("key", KEY), ("time", np.int64), ("place", np.int64)])
 
-IN_MEMORY = 1 << 22  # entries; the sort of so many takes 0.6 GB
+IN_MEMORY = 1 << 22  # entries; the sort of so many takes 0.6 GB, four times as many sorted 0.7 GB
 
 _PARTITIONS = 256
-_STORED = np.dtype([("key", KEY), ("place", np.int64)])  # one page of memory a look-up, not two
-_READ_AT_ONCE = 1 << 16
-# A look-up may map 16 pages around each that it touches: 64 KB, and 0.1 GB for so many.
-_FOUND_AT_ONCE = 1 << 11
+_STORED = np.dtype([("key", KEY), ("place", np.int64)])
+_AT_ONCE = 1 << 16
 
 Keys = npt.NDArray[np.bytes_]
 Integers = npt.NDArray[np.int64]
@@ -59,8 +59,6 @@ class KeyIndex:
 
         Raises StartupError when the temporary folder has no room for what the memory has none.
         """
-        self._mapped: mmap.mmap | None = None
-        self._num_bytes = 2
         with ExitStack() as files:
             waiting: list[Entries] = [np.empty(0, ENTRY)]
             partitions: _Partitions | None = None
@@ -70,57 +68,69 @@ class KeyIndex:
                     partitions = partitions or _Partitions(files.enter_context(temporary_file()))
                     partitions.add(np.concatenate(waiting))
                     waiting = [np.empty(0, ENTRY)]
+            last = np.concatenate(waiting)
+            del waiting
+            # Where the keys of each first two or three bytes start: a search in all of 10^7 waits
+            # for memory 24 times, one in a bucket of 60 hardly ever.
+            self._starts: Integers
+            self._file: BinaryIO | None = None
+            self._stored: npt.NDArray[np.void]
             if partitions is None:
-                stored = _settled(np.concatenate(waiting))
-                starts = _starts(stored["key"], self._num_bytes)
-            else:
-                partitions.add(np.concatenate(waiting))
-                self._num_bytes = 3
-                self._mapped, starts = _sorted_file(partitions)
-                stored = np.frombuffer(self._mapped, _STORED)
-        self._keys: Keys = stored["key"]
-        self._places: Integers = stored["place"]
-        # Where the keys of each first two or three bytes start: a search in all of 10^7 waits for
-        # memory 24 times, one in a bucket of 60 hardly ever.
-        self._starts: Integers = starts
+                self._stored = _settled(last)
+                self._starts = _starts(self._stored["key"], 2)
+                return
+            partitions.add(last)
+            del last
+            file = temporary_file()
+            weakref.finalize(self, file.close)
+            self._starts = _write_sorted(file, partitions)
+        if len(self) <= 4 * IN_MEMORY:
+            file.seek(0)
+            self._stored = np.fromfile(file, _STORED)
+        else:
+            self._file = file
 
     def __len__(self) -> int:
         """Return the number of distinct keys."""
-        return len(self._keys)
+        return int(self._starts[-1])
 
     def places(self) -> Iterator[Integers]:
         """Yield the places that count, those of superseded entries left out, in pieces."""
-        for start in range(0, len(self), _READ_AT_ONCE):
-            yield np.array(self._places[start : start + _READ_AT_ONCE])
-            self._give_back()
+        for start in range(0, len(self), _AT_ONCE):
+            if self._file is None:
+                yield self._stored["place"][start : start + _AT_ONCE]
+            else:
+                self._file.seek(start * _STORED.itemsize)
+                yield np.fromfile(self._file, _STORED, _AT_ONCE)["place"]
 
     def find(self, keys: Keys) -> Integers:
         """Return the place of each key; -1: not there."""
-        if self._mapped is None:
-            return self._find(keys)
-        pieces = [np.empty(0, np.int64)]
-        for start in range(0, len(keys), _FOUND_AT_ONCE):
-            pieces.append(self._find(keys[start : start + _FOUND_AT_ONCE]))
-            self._give_back()
-        return np.concatenate(pieces)
-
-    def _find(self, keys: Keys) -> Integers:
-        if not len(self._keys):
-            return np.full(len(keys), -1, dtype=np.int64)
-        bucket = _leading(keys, self._num_bytes)
+        bucket = _leading(keys, 2 if len(self._starts) == (1 << 16) + 1 else 3)
         low, high = self._starts[bucket], self._starts[bucket + 1]
-        while (low < high).any():
-            middle = (low + high) // 2
-            # Where low == high, middle may be one behind the end, and nothing changes.
-            below = (low < high) & (self._keys[middle.clip(max=len(self._keys) - 1)] < keys)
-            low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
-        nearest = low.clip(max=len(self._keys) - 1)
-        return np.where(self._keys[nearest] == keys, self._places[nearest], -1)
+        if self._file is None:
+            return _search(self._stored, keys, low, high)
+        descriptor, width = self._file.fileno(), _STORED.itemsize
+        ranges = zip((low * width).tolist(), ((high - low) * width).tolist(), strict=True)
+        # 6 keys at 10^8, 60 at 10^9
+        buckets = b"".join([os.pread(descriptor, length, start) for start, length in ranges])
+        ends = np.cumsum(high - low)
+        return _search(np.frombuffer(buckets, _STORED), keys, ends - (high - low), ends)
 
-    def _give_back(self) -> None:
-        """Let go of the pages that were read: the system keeps them only while it has room."""
-        if self._mapped is not None:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+
+def _search(stored: npt.NDArray[np.void], keys: Keys, low: Integers, high: Integers) -> Integers:
+    """Return the place of each key among those of `stored` from `low` to before `high`, or -1."""
+    if not len(stored):
+        return np.full(len(keys), -1, dtype=np.int64)
+    last = len(stored) - 1
+    stop = high
+    while (low < high).any():
+        middle = (low + high) // 2
+        # Where low == high, middle may be one behind the end, and nothing changes.
+        below = (low < high) & (stored["key"][middle.clip(max=last)] < keys)
+        low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
+    nearest = low.clip(max=last)
+    found = (low < stop) & (stored["key"][nearest] == keys)
+    return np.where(found, stored["place"][nearest], -1)
 
 
 class _Partitions:
@@ -147,22 +157,19 @@ class _Partitions:
             yield np.concatenate(pieces)
 
 
-def _sorted_file(partitions: _Partitions) -> tuple[mmap.mmap, Integers]:
-    """Return what counts of all partitions as a sorted file, and where the buckets start in it."""
+def _write_sorted(file: BinaryIO, partitions: _Partitions) -> Integers:
+    """Write what counts of all partitions, sorted; return where the buckets start in it."""
     starts = np.zeros((1 << 24) + 1, np.int64)
     behind = starts[1:].reshape(_PARTITIONS, 1 << 16)
     total = 0
-    with temporary_file() as file:
-        for partition, found in enumerate(partitions):
-            stored = _settled(found)
-            _append(file, stored)
-            # The first byte is the same in all, the next two say which bucket.
-            behind[partition] = total + _starts(stored["key"], 3, offset=partition << 16)[1:]
-            total += len(stored)
-        file.flush()
-        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    mapped.madvise(mmap.MADV_RANDOM)
-    return mapped, starts
+    for partition, found in enumerate(partitions):
+        stored = _settled(found)
+        _append(file, stored)
+        # The first byte is the same in all, the next two say which bucket.
+        behind[partition] = total + _starts(stored["key"], 3, offset=partition << 16)[1:]
+        total += len(stored)
+    file.flush()
+    return starts
 
 
 def _settled(found: Entries) -> npt.NDArray[np.void]:
