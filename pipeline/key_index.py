@@ -2,7 +2,7 @@
 
 Up to 2^22 entries are sorted in memory. More are partitioned by the keys' first byte in the
 temporary folder, and sorted one partition after the other, so that no more memory is needed than
-for the largest. What that leaves is held in memory up to 2^24 entries (0.7 GB); beyond, a look-up
+for the largest. What that leaves is held in memory up to 12 million keys (0.5 GB); beyond, a look-up
 reads some bytes of a file. The files have no names, so nothing is left of a killed process.
 """
 
@@ -20,7 +20,7 @@ from pipeline.temporary import room, temporary_file
 KEY = np.dtype("S32")
 ENTRY = np.dtype([("key", KEY), ("time", np.int64), ("place", np.int64)])
 
-IN_MEMORY = 1 << 22  # entries; the sort of so many takes 0.6 GB, four times as many sorted 0.7 GB
+IN_MEMORY = 1 << 22  # entries; the sort of so many takes 0.6 GB, three times as many sorted 0.5 GB
 
 _PARTITIONS = 256
 _STORED = np.dtype([("key", KEY), ("place", np.int64)])
@@ -61,13 +61,15 @@ class KeyIndex:
         """
         with ExitStack() as files:
             waiting: list[Entries] = [np.empty(0, ENTRY)]
+            num_waiting = 0
             partitions: _Partitions | None = None
             for piece in pieces:
                 waiting.append(piece)
-                if sum(map(len, waiting)) >= IN_MEMORY:
+                num_waiting += len(piece)
+                if num_waiting >= IN_MEMORY:
                     partitions = partitions or _Partitions(files.enter_context(temporary_file()))
                     partitions.add(np.concatenate(waiting))
-                    waiting = [np.empty(0, ENTRY)]
+                    waiting, num_waiting = [np.empty(0, ENTRY)], 0
             last = np.concatenate(waiting)
             del waiting
             # Where the keys of each first two or three bytes start: a search in all of 10^7 waits
@@ -84,7 +86,7 @@ class KeyIndex:
             file = temporary_file()
             weakref.finalize(self, file.close)
             self._starts = _write_sorted(file, partitions)
-        if len(self) <= 4 * IN_MEMORY:
+        if len(self) <= 3 * IN_MEMORY:
             file.seek(0)
             self._stored = np.fromfile(file, _STORED)
         else:
