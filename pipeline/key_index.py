@@ -2,8 +2,8 @@
 
 Up to 2^22 entries are sorted in memory. More are partitioned by the keys' first byte in the
 temporary folder, and sorted one partition after the other, so that no more memory is needed than
-for the largest. What that leaves is held in memory up to 12 million keys (0.5 GB); beyond, a look-up
-reads some bytes of a file. The files have no names, so nothing is left of a killed process.
+for the largest. What that leaves is held in memory up to 12 million keys (0.5 GB); beyond, a
+look-up reads some bytes of a file. The files have no names: a killed process leaves nothing.
 """
 
 import os
