@@ -34,7 +34,7 @@ from pipeline import rows, token_cache
 from pipeline.answers import find_run_files
 from pipeline.config import CacheConfig, CaptionConfig, CompressionConfig, MediaConfig
 from pipeline.parquet import read_columns
-from pipeline.pools import Pool, size_pools
+from pipeline.pools import Pool, Pools, size_pools
 from pipeline.report import Report, render
 from pipeline.run import compress_corpus, configure_ray_data, start_ray
 from pipeline.settings import Settings, make_settings
@@ -188,6 +188,17 @@ def watched_gpu() -> Iterator[list[tuple[float, int]]]:
             thread.join()
 
 
+def cpus_to_hold(pools: Pools) -> float:
+    """Return how many CPUs leave room for all other stages and one decoding actor, not for two."""
+    others = (pools.compress, pools.write_cache, pools.sink)
+    # Decoding actors are started first: a second one would take the room of the other stages.
+    assert sum(pool.actors * pool.cpus for pool in others) < 0.8 * pools.decode.cpus, others
+    if pools.decode.actors == 1:
+        return 0.0
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return cluster["CPU"] - 1.9 * pools.decode.cpus
+
+
 def has_tokens(config: CaptionConfig) -> bool:
     """Return whether the cache, a local folder, has its first file."""
     return any(Path(config.cache_root).glob("*/part-*.parquet"))
@@ -305,8 +316,10 @@ def measure(folder: Path, sizes: Sizes) -> None:
     progress("decoding alone")
     decode_alone(videos[: 3 * pools.decode.actors], run, pools.decode, table)
     progress("all together")
-    late = (pools.decode.actors - 1) * pools.decode.cpus
-    with watched_gpu() as samples, held_cpus(late, lambda: has_tokens(config)) as held_s:
+    with (
+        watched_gpu() as samples,
+        held_cpus(cpus_to_hold(pools), lambda: has_tokens(config)) as held_s,
+    ):
         result = compress_corpus(config)
     print(render(result))
     waited = f"{held_s[0]:.0f} s behind the first" if held_s else "none: there is but one"
