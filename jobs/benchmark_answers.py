@@ -44,8 +44,9 @@ MODELS = {  # width, heads, key heads, layers
 }
 QUESTION = Question("Describe the video in detail, including what is seen and what is heard.")
 CODECS: tuple[Codec, ...] = ("bfloat16", "int8")  # of the cache that tokens are read from
-FRACTION = 0.9  # of the GPU's memory, for the speed
-_READERS = 8  # videos read from Parquet at a time
+# Videos read from Parquet at a time: each takes less time than its answer, and the more are read at
+# once the longer the first one takes, for which the engine waits.
+_READERS = 2
 _names = count()  # every round asks of videos that vLLM has not seen
 
 
@@ -91,7 +92,13 @@ def measure_parities(options: argparse.Namespace, device: str) -> bool:
                     random_kept(width, grids=grids, side=side, retain=0.25, seed=grids)
                     for grids, side in ((2, 4), (7, 5), (30, 6))
                 ]
-            found = measure_parity(folder, kept, device=device, eager=not options.graphs)
+            found = measure_parity(
+                folder,
+                kept,
+                device=device,
+                eager=not options.graphs,
+                tensor_parallel_size=options.tensor_parallel,
+            )
             good &= found.holds
             greedy = f"{found.greedy_tokens} ({found.same_answers} of {found.prompts} to the end)"
             print(
@@ -106,6 +113,7 @@ def measure_parities(options: argparse.Namespace, device: str) -> bool:
 
 def measure_speed(sizes: Sizes, device: str, vllm_options: VllmOptions) -> None:
     """Print what kept tokens cost beside prompts of ids of the same length, in the same engine."""
+    fraction = vllm_options.gpu_memory_fraction
     width = sizes.config.text_config.hidden_size
     kept = [_kept(width, sizes.kept_tokens, seed) for seed in range(2)]
     with (
@@ -125,7 +133,6 @@ def measure_speed(sizes: Sizes, device: str, vllm_options: VllmOptions) -> None:
             sampling=Sampling(),
             options=replace(
                 vllm_options,
-                gpu_memory_fraction=FRACTION,
                 context_tokens=sizes.context_tokens,
                 load_format="dummy",
                 more={"max_num_seqs": 256, **PROBE},
@@ -141,7 +148,7 @@ def measure_speed(sizes: Sizes, device: str, vllm_options: VllmOptions) -> None:
         total = int(ask_gpu("memory.total")[0]) / 1024
         print(
             f"\nGPU memory: at most {used:.1f} GiB in use of {total:.1f}, "
-            f"answer.gpu_memory_fraction={FRACTION} is {FRACTION * total:.1f}"
+            f"answer.gpu_memory_fraction={fraction} is {fraction * total:.1f}"
         )
 
 
@@ -196,11 +203,11 @@ def _measure_speed(
         f"{statistics.median(each):.4f} s a question ({min(each):.4f}-{max(each):.4f}) | | |",
         flush=True,
     )
-    for number in sizes.batches:
+    for number, rounds in sizes.batches.items():
         for codec, file in files.items():
             answer = partial(_answer_from_cache, vllm, file.result(), number, params)
             what = f"{number} videos at once, from Parquet, {codec}"
-            _line(what, [_seconds(answer)], theirs[number], number)
+            _line(what, [_seconds(answer) for _ in range(rounds)], theirs[number], number)
 
 
 def _count_exact(vllm: VllmEngine, kept: Sequence[KeptTokens]) -> int:
@@ -306,8 +313,10 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parity.add_argument("--kept", default="", help="file of the token cache, of that checkpoint")
     parity.add_argument("--random", nargs="+", choices=MODELS, help="some of the random models")
     parity.add_argument("--graphs", action="store_true", help="captured graphs, as in production")
+    parity.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share a model")
     speed = parser.add_argument_group("speed")
     speed.add_argument("--videos", nargs="+", type=int, default=(16, 64), help="asked at once")
+    speed.add_argument("--fraction", type=float, default=0.9, help="of the GPU's memory for vLLM")
     speed.add_argument("--quantization", default="", help="of the weights, such as fp8")
     speed.add_argument("--kv-cache-dtype", default="auto", help="such as fp8")
     options = parser.parse_args(arguments)
@@ -333,10 +342,12 @@ def main(arguments: list[str] | None = None) -> int:
     if "parity" in options.parts:
         good = measure_parities(options, device)
     if "speed" in options.parts:
-        eight_bits = VllmOptions(
-            quantization=options.quantization, kv_cache_dtype=options.kv_cache_dtype
+        vllm_options = VllmOptions(
+            gpu_memory_fraction=options.fraction,
+            quantization=options.quantization,
+            kv_cache_dtype=options.kv_cache_dtype,
         )
-        measure_speed(sizes, device, eight_bits)
+        measure_speed(sizes, device, vllm_options)
     return 0 if good else 1
 
 

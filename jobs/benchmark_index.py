@@ -12,6 +12,7 @@ import platform
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,15 @@ from pipeline.token_cache import CacheIndex
 STORAGE = Storage(StorageConfig())
 VIDEOS_A_FILE = 256  # of 1 MB of tokens each in files of 256 MB
 LOOKED_UP_AT_ONCE = 8192  # as the work list does
+BLOCK = cache_keys.KEYS_A_FILE
 RUN_ID = "20260101T000000Z-00000000"
 
 
-def random_keys(count: int) -> key_index.Keys:
-    """Return that many keys, always the same ones."""
-    return np.frombuffer(np.random.default_rng(0).bytes(32 * count), key_index.KEY)
+def random_keys(count: int) -> Iterator[key_index.Keys]:
+    """Yield that many keys in blocks of whole part files, always the same ones."""
+    for start in range(0, count, BLOCK):
+        data = np.random.default_rng(start).bytes(32 * min(BLOCK, count - start))
+        yield np.frombuffer(data, key_index.KEY)
 
 
 def in_hex(keys: key_index.Keys) -> list[str]:
@@ -39,16 +43,16 @@ def in_hex(keys: key_index.Keys) -> list[str]:
 
 
 def make_compacted(folder: Path, count: int) -> None:
-    """Write a key file for `count` keys, and part files without content."""
-    keys = random_keys(count)
-    files = []
+    """Write key files for `count` keys, and part files without content."""
     folder.mkdir()
-    for number, start in enumerate(range(0, count, VIDEOS_A_FILE)):
-        uri = folder / f"part-{RUN_ID}-{number:032x}.parquet"
-        uri.touch()
-        part = keys[start : start + VIDEOS_A_FILE]
-        files.append((str(uri), (part, np.arange(start, start + len(part), dtype=np.int64))))
-    cache_keys.write_keys(STORAGE, str(folder), files, replaces=())
+    for block, keys in enumerate(random_keys(count)):
+        files = []
+        for start in range(0, len(keys), VIDEOS_A_FILE):
+            uri = folder / f"part-{RUN_ID}-{block:016x}{start:016x}.parquet"
+            uri.touch()
+            part = keys[start : start + VIDEOS_A_FILE]
+            files.append((str(uri), (part, np.arange(start, start + len(part), dtype=np.int64))))
+        cache_keys.write_keys(STORAGE, str(folder), files)
 
 
 def make_parts(folder: Path, count: int) -> None:
@@ -62,7 +66,7 @@ def make_parts(folder: Path, count: int) -> None:
         "next_position": 2,
         "kept_index": [0, 1],
     }
-    keys = in_hex(random_keys(count))
+    keys = [key for block in random_keys(count) for key in in_hex(block)]
     for start in range(0, count, VIDEOS_A_FILE):
         kept = [
             {**video, "video_key": key, "uri": f"s3://bucket/videos/{key[:16]}.mp4"}
@@ -76,12 +80,12 @@ def measure(folder: Path, count: int, name: str) -> None:
     start, cpu_start = time.perf_counter(), time.process_time()
     index = CacheIndex(STORAGE, str(folder))
     load_s = time.perf_counter() - start
-    keys = random_keys(count)
     found = 0
     start = time.perf_counter()
-    for begin in range(0, count, LOOKED_UP_AT_ONCE):
-        asked = in_hex(keys[begin : begin + LOOKED_UP_AT_ONCE])
-        found += sum(place is not None for place in index.locate(asked))
+    for block in random_keys(count):
+        for begin in range(0, len(block), LOOKED_UP_AT_ONCE):
+            asked = in_hex(block[begin : begin + LOOKED_UP_AT_ONCE])
+            found += sum(place is not None for place in index.locate(asked))
     find_s = time.perf_counter() - start
     if found != count:
         raise RuntimeError(f"{found} of {count} keys were found")
@@ -106,7 +110,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     for make, counts, name in (
         (make_parts, options.parts, "part files"),
-        (make_compacted, options.keys, "key file"),
+        (make_compacted, options.keys, "key files"),
     ):
         for count in counts:
             with tempfile.TemporaryDirectory() as temporary:

@@ -9,10 +9,11 @@ count no more, and they are deleted when nobody can still be reading them.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,22 @@ import pyarrow.compute as pc
 from pipeline import key_index, rows
 from pipeline.errors import StartupError
 from pipeline.keys import plain
-from pipeline.parquet import UNREADABLE, count_rows, read_columns
-from pipeline.readers_view import objects, seen_by_readers
+from pipeline.parquet import UNREADABLE, count_rows, read_columns, read_each
+from pipeline.readers_view import (
+    current_of_uris,
+    objects,
+    seen_by_readers,
+    seen_of_objects,
+)
 from pipeline.retry import is_given_up
+from pipeline.spilled_rows import SpilledRows
 from pipeline.storage import Storage, StorageError, join
 
 log = logging.getLogger(__name__)
 
 COMMITTED = "_COMMITTED"
 
+_AT_ONCE = 8192  # rows taken apart in Python
 _READERS = 32  # files read at the same time: the wait is for the object store
 
 
@@ -66,6 +74,7 @@ class OutputFiles:
 
     committed: tuple[str, ...]
     orphans: tuple[str, ...]  # in no run's list: of a run that was killed, or still goes on
+    sizes: Mapping[str, int]  # in bytes, of those that exist
 
 
 def find_files(output: str, storage: Storage) -> OutputFiles:
@@ -77,7 +86,7 @@ def find_files(output: str, storage: Storage) -> OutputFiles:
     listed = {uri for commit in commits.values() for uri in commit.listed(output)}
     replaced = {uri for commit in commits.values() for uri in commit.replaced(output)}
     return OutputFiles(
-        tuple(sorted(listed - replaced)), tuple(sorted(found.keys() - listed - replaced))
+        tuple(sorted(listed - replaced)), tuple(sorted(found.keys() - listed - replaced)), found
     )
 
 
@@ -240,41 +249,56 @@ class AnswerIndex:
         `max_attempts` is `retry.max_attempts`; 0 gives nothing up.
         """
         files = find_files(output, storage)
-        self.unreadable: list[str] = []
-        tables = [_SEEN.empty_table()]
         uris = [uri for uri in (*files.committed, *files.orphans) if is_answers(uri)]
-        with ThreadPoolExecutor(_READERS) as pool:
-            read = pool.map(lambda uri: _read_seen(storage, uri, fingerprint), uris)
-            for uri, table in zip(uris, read, strict=True):
-                if table is None:
-                    self.unreadable.append(uri)
-                else:
-                    tables.append(table)
+        self.unreadable: list[str] = []
+        self._attempts: dict[str, int] = {}
+        self._given_up: dict[str, Failure] = {}
+        self._asks_given_up: set[bytes] = set()
+        # Rows written from now on are later than all there are, whatever this machine's clock says.
+        self.not_before = datetime.fromtimestamp(0, UTC)
+        of_uris = SpilledRows(_SEEN, together="uri")
+        read = partial(_read_seen, storage, fingerprint=fingerprint)
+        for uri, table in read_each(uris, read, files.sizes):
+            if table is None:
+                self.unreadable.append(uri)
+            else:
+                self._note(table, max_attempts)
+                place = pa.array(np.arange(table.num_rows) + len(of_uris))
+                of_uris.add(table.append_column("place", place))
         # A file that somebody copied in part is adopted by no run: its rows are done again.
         self.orphans = [
             uri
             for uri in files.orphans
             if uri not in self.unreadable and (is_answers(uri) or _is_readable(storage, uri))
         ]
-        seen = pa.concat_tables(tables)
-        own = seen.column("own")
-        ok = pc.equal(seen.column("status"), "ok")
-        self._attempts: dict[str, int] = {}
-        self._given_up: dict[str, Failure] = {}
-        self._asks_given_up: set[bytes] = set()
-        for row in seen.filter(pc.and_not(own, ok)).to_pylist():
-            self._remember(row, max_attempts)
-        newest = pc.max(seen.column("created_at")).as_py() or datetime.fromtimestamp(0, UTC)
-        # Rows written from now on are later than all there are, whatever this machine's clock says.
-        self.not_before: datetime = newest + timedelta(microseconds=1)
         # What readers see is settled among all rows, those of other settings included.
-        seen = seen_by_readers(seen)
-        found = pc.fill_null(pc.not_equal(seen.column("error_stage"), "source"), True)
-        of_objects = pa.table({"uri": seen.column("uri"), "video_key": objects(seen)})
-        self.videos = of_objects.filter(found)
-        done = seen.filter(pc.and_(seen.column("own"), pc.equal(seen.column("status"), "ok")))
-        asks = b"".join(done.column("ask").to_pylist())
-        self._answered = key_index.KeyIndex(np.frombuffer(asks, key_index.KEY))
+        of_objects = SpilledRows(_SEEN, together="object_key")
+        for table in of_uris:
+            of_objects.add(current_of_uris(table))
+        del of_uris  # its file may be large
+        self.videos = SpilledRows(SEEN_VIDEOS)
+        self._answered = key_index.KeyIndex(self._see(of_objects))
+
+    def _note(self, table: pa.Table, max_attempts: int) -> None:
+        """Note what is known from each row by itself."""
+        failed = pc.and_not(table.column("own"), pc.equal(table.column("status"), "ok"))
+        for row in table.filter(failed).to_pylist():
+            self._remember(row, max_attempts)
+        newest = pc.max(table.column("created_at")).as_py()
+        if newest is not None:
+            self.not_before = max(self.not_before, newest + timedelta(microseconds=1))
+
+    def _see(self, of_objects: SpilledRows) -> Iterator[key_index.Entries]:
+        """Yield what has been answered; keep in `videos` what readers see an object of."""
+        for table in of_objects:
+            seen = seen_of_objects(table.sort_by("place"))
+            found = pc.fill_null(pc.not_equal(seen.column("error_stage"), "source"), True)
+            videos = seen.filter(found)
+            columns = [videos.column("uri"), videos.column("object_key")]
+            self.videos.add(pa.table(columns, schema=SEEN_VIDEOS))
+            done = seen.filter(pc.and_(seen.column("own"), pc.equal(seen.column("status"), "ok")))
+            asks = np.frombuffer(b"".join(done.column("ask").to_pylist()), key_index.KEY)
+            yield key_index.entries(asks, np.arange(len(asks)))
 
     def _remember(self, row: dict[str, Any], max_attempts: int) -> None:
         key, attempts = row["video_key"], row["attempts"]
@@ -311,8 +335,11 @@ class AnswerIndex:
         return [self._attempts.get(key, 0) for key in video_keys]
 
 
-# The columns that settle what readers see; 10^7 rows of them take 3 GB while they are read.
-_SEEN = pa.schema(
+# Which object readers see of a uri; the key is that of the video, also where it is cut in windows.
+SEEN_VIDEOS = pa.schema([("uri", pa.string()), ("video_key", pa.string())])
+
+# The columns that settle what readers see; a million rows of them take 0.4 GB.
+_READ = pa.schema(
     [
         *(
             rows.ANSWERS.field(name)
@@ -335,6 +362,7 @@ _SEEN = pa.schema(
         ("ask", pa.binary(32)),
     ]
 )
+_SEEN = _READ.append(pa.field("place", pa.int64()))  # among all rows: it decides between equals
 
 
 def _is_readable(storage: Storage, uri: str) -> bool:
@@ -346,18 +374,23 @@ def _is_readable(storage: Storage, uri: str) -> bool:
     return True
 
 
-def _read_seen(storage: Storage, uri: str, fingerprint: str) -> pa.Table | None:
-    stored = [name for name in _SEEN.names if name in rows.ANSWERS.names]
+def _read_seen(storage: Storage, uri: str, *, fingerprint: str) -> pa.Table | None:
+    stored = [name for name in _READ.names if name in rows.ANSWERS.names]
     columns = [*stored, "prompt", "choices", "fingerprint"]
     try:
         table = rows.completed(read_columns(storage, uri, columns), columns, rows.ANSWERS)
     except (*UNREADABLE, StorageError) as error:
         log.warning("answers file %s cannot be read, it is left out: %s", uri, error)
         return None
-    names = ("video_key", "prompt_id", "prompt", "choices")
-    asked = (table.column(name).to_pylist() for name in names)
-    asks = [ask_key(*ask) for ask in zip(*asked, strict=True)]
+    asked = table.select(["video_key", "prompt_id", "prompt", "choices"])
+    asks = [
+        ask_key(*ask)
+        for batch in asked.to_batches(max_chunksize=_AT_ONCE)
+        for ask in zip(*(column.to_pylist() for column in batch.columns), strict=True)
+    ]
     own = pc.equal(table.column("fingerprint"), fingerprint)
+    of_object = table.column_names.index("object_key")
+    table = table.set_column(of_object, "object_key", objects(table))
     return pa.table(
-        [*table.select(stored).columns, own, pa.array(asks, pa.binary(32))], schema=_SEEN
+        [*table.select(stored).columns, own, pa.array(asks, pa.binary(32))], schema=_READ
     )

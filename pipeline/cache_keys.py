@@ -1,21 +1,21 @@
 """Key files of a token cache: the keys of many part files in one, so that runs open few files.
 
 A part file has a row group for each video, so its footer alone is 2 KB a video: 10^7 videos would
-be hours of requests. `jobs/compact.py` writes `keys-<uuid>.parquet`, a row for each part file. They
-hold nothing that the part files do not: one that is lost or broken costs time.
+be hours of requests. `jobs/compact.py` writes `keys-<uuid>.parquet`, a row for each part file, and
+another one for every 4 million keys. They hold nothing that the part files do not: one that is lost
+or broken costs time.
 """
 
 import logging
 import uuid
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import key_index
-from pipeline.parquet import UNREADABLE, read_columns
+from pipeline.parquet import UNREADABLE, read_columns, read_each
 from pipeline.storage import Storage, StorageError, join
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,7 @@ KEYS = pa.schema(
     ]
 )
 
-_FILES_A_GROUP = 10_000
-_READERS = 32  # files whose keys are read at the same time: the wait is for the object store
+KEYS_A_FILE = 1 << 22  # read, and written, as a whole
 
 # The keys of a part file's rows and when each was written, in microseconds, in their order.
 FileKeys = tuple[key_index.Keys, key_index.Integers]
@@ -37,22 +36,18 @@ FileKeys = tuple[key_index.Keys, key_index.Integers]
 
 def read_keys(
     storage: Storage, folder: str, files: Sequence[str], key_files: Sequence[str]
-) -> dict[str, FileKeys | None]:
-    """Return the keys of each part file, by its uri; None: it cannot be read.
+) -> Iterator[tuple[str, FileKeys | None]]:
+    """Yield each part file once, in any order, with its keys; None: it cannot be read.
 
     Those in a key file are not opened.
     """
-    found: dict[str, FileKeys | None] = dict.fromkeys(files)
-    known: set[str] = set()
+    left = dict.fromkeys(files)
     for uri in key_files:
         for file, keys_of_file in (read_key_file(storage, folder, uri) or {}).items():
-            if file in found and file not in known:
-                found[file] = keys_of_file
-                known.add(file)
-    left = [uri for uri in files if uri not in known]
-    with ThreadPoolExecutor(_READERS) as pool:
-        parts = pool.map(lambda uri: read_part(storage, uri), left)
-        return found | dict(zip(left, parts, strict=True))
+            if file in left:
+                del left[file]
+                yield file, keys_of_file
+    yield from read_each(list(left), lambda uri: read_part(storage, uri))
 
 
 def read_part(storage: Storage, uri: str) -> FileKeys | None:
@@ -69,10 +64,41 @@ def read_part(storage: Storage, uri: str) -> FileKeys | None:
         return None
 
 
-def write_keys(
-    storage: Storage, folder: str, files: Iterable[tuple[str, FileKeys]], replaces: Sequence[str]
-) -> str:
-    """Write one key file about `files`, then delete those it `replaces`; return its uri."""
+def renew_keys(
+    storage: Storage, folder: str, files: Sequence[str], key_files: Sequence[str]
+) -> None:
+    """Write the keys of the part files that no key file has; merge key files, delete what is old.
+
+    One that is at least half full and names only part files that exist stays as it is.
+    """
+    left = set(files)
+    replaced: dict[str, set[str]] = {}
+    for uri in key_files:
+        named = read_key_file(storage, folder, uri) or {}
+        length = sum(len(keys_of_file) for keys_of_file, _ in named.values())
+        if named and named.keys() <= left and length >= KEYS_A_FILE / 2:
+            left -= named.keys()
+        else:
+            replaced[uri] = set(named)
+    if left and list(replaced.values()) == [left]:
+        return  # one says it all
+    waiting: list[tuple[str, FileKeys]] = []
+    num_keys = 0
+    for uri, part in read_keys(storage, folder, sorted(left), list(replaced)):
+        if part is not None:
+            if waiting and num_keys + len(part[0]) > KEYS_A_FILE:
+                write_keys(storage, folder, waiting)
+                waiting, num_keys = [], 0
+            waiting.append((uri, part))
+            num_keys += len(part[0])
+    if waiting:
+        write_keys(storage, folder, waiting)
+    for uri in replaced:
+        storage.delete(uri)
+
+
+def write_keys(storage: Storage, folder: str, files: Iterable[tuple[str, FileKeys]]) -> str:
+    """Write one key file about `files`; return its uri."""
     names, lengths, keys, created = [], [0], [], []
     for uri, (keys_of_file, times) in files:
         names.append(uri.rpartition("/")[2])
@@ -97,7 +123,6 @@ def write_keys(
     pq.write_table(
         table,
         sink,
-        row_group_size=_FILES_A_GROUP,
         use_dictionary=False,  # no key is there twice
         compression="zstd",
         compression_level=1,
@@ -106,8 +131,6 @@ def write_keys(
     )
     uri = join(folder, f"keys-{uuid.uuid4().hex}.parquet")
     storage.write(uri, sink.getvalue())
-    for old in replaces:
-        storage.delete(old)
     return uri
 
 

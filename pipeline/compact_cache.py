@@ -8,13 +8,14 @@ have been verified. So this may be killed anywhere and started again.
 
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 
 from pipeline import cache_keys, token_cache
+from pipeline.key_index import Integers
 from pipeline.parquet import UNREADABLE, open_parquet, read_columns
 from pipeline.storage import Storage, StorageError, join
 from pipeline.token_cache import CacheIndex, Location
@@ -59,44 +60,30 @@ def compact_cache(
     if deleted.damaged:  # an older copy of a damaged row counts again
         index = CacheIndex(storage, folder)
     done = deleted + _merge(storage, folder, index, target_bytes)
-    _renew_keys(storage, folder)
-    return done
-
-
-def _renew_keys(storage: Storage, folder: str) -> None:
-    """Write the keys of all part files in one key file, unless one has them already."""
     found = token_cache.list_folder(storage, folder)
-    if len(found.key_files) == 1:
-        covered = cache_keys.read_key_file(storage, folder, found.key_files[0])
-        if covered is not None and covered.keys() == set(found.files):
-            return
-    keys = cache_keys.read_keys(storage, folder, found.files, found.key_files)
-    readable = [(uri, part) for uri, part in keys.items() if part is not None]
-    if readable:
-        cache_keys.write_keys(storage, folder, readable, replaces=found.key_files)
+    cache_keys.renew_keys(storage, folder, found.files, found.key_files)
+    return done
 
 
 def _merge(storage: Storage, folder: str, index: CacheIndex, target_bytes: int) -> Compaction:
     done = Compaction()
     sizes = {info.uri: info.size_bytes for info in storage.list(folder, suffixes=(".parquet",))}
-    rows = index.rows_of_files()
-    batch: list[str] = []
+    batch: dict[str, tuple[int, Integers]] = {}
     batch_bytes = 0
-    for file in sorted(rows):
-        length, live = rows[file]
+    for file, length, live in index.rows_of_files():
         size = sizes.get(file, target_bytes)
-        if not live or (size >= target_bytes / 4 and len(live) == length):
+        if not len(live) or (size >= target_bytes / 4 and len(live) == length):
             continue
         if batch and batch_bytes + size > target_bytes:
-            done += _merge_files(storage, folder, {name: rows[name] for name in batch})
-            batch, batch_bytes = [], 0
-        batch.append(file)
+            done += _merge_files(storage, folder, batch)
+            batch, batch_bytes = {}, 0
+        batch[file] = length, live
         batch_bytes += size
-    return done + _merge_files(storage, folder, {name: rows[name] for name in batch})
+    return done + _merge_files(storage, folder, batch)
 
 
 def _merge_files(
-    storage: Storage, folder: str, files: dict[str, tuple[int, list[int]]]
+    storage: Storage, folder: str, files: Mapping[str, tuple[int, Integers]]
 ) -> Compaction:
     """Copy the rows that count, each verified, into one file."""
     whole = all(len(live) == length for length, live in files.values())
@@ -107,7 +94,7 @@ def _merge_files(
     def copies() -> Iterator[pa.Table]:
         for file, (_, live) in files.items():
             with open_parquet(storage, file) as part:
-                for row in live:
+                for row in live.tolist():
                     try:
                         yield token_cache.read_row(part, row)
                     except UNREADABLE as error:
@@ -137,10 +124,10 @@ def _merged_at(file: str) -> datetime:
 
 def _delete(storage: Storage, folder: str, index: CacheIndex, *, before: datetime) -> Compaction:
     done = Compaction()
-    tombstones = token_cache.list_folder(storage, folder).tombstones
-    buried = token_cache.read_tombstones(storage, folder, tombstones)
-    dead = [file for file, (_, live) in index.rows_of_files().items() if not live]
-    files = set(index.rows_of_files()) | set(index.unreadable)
+    found = token_cache.list_folder(storage, folder)
+    files = set(found.files)
+    buried = token_cache.read_tombstones(storage, folder, found.tombstones)
+    dead = [file for file, _, live in index.rows_of_files() if not len(live)]
     for file in dead:
         table = read_columns(storage, file, ["video_key", "created_at"])
         heirs = _heirs(index, table)

@@ -12,7 +12,7 @@ The bytes go with `jobs/compact.py`: it drops these rows from answers and cache.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,38 +24,40 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import key_index, keys, rows, token_cache
-from pipeline.answers import find_files
-from pipeline.parquet import UNREADABLE, read_columns
+from pipeline.answers import SEEN_VIDEOS, find_files
+from pipeline.parquet import UNREADABLE, read_columns, read_each
 from pipeline.readers_view import DELETED, objects
+from pipeline.spilled_rows import SpilledRows
 from pipeline.storage import Storage, StorageError, join
 from pipeline.token_cache import CacheIndex
 
-_READERS = 32
 _PROBES = 64  # requests in flight: a probe is all latency
 _NAMED_AT_ONCE = 8192
-_VIDEOS = pa.schema([("uri", pa.string()), ("video_key", pa.string())])
 
 
 class RollCall:
     """Know which of the videos of earlier runs a listing names."""
 
-    def __init__(self, videos: pa.Table, prefix: str) -> None:
-        """Take what is known, columns uri and video_key; what is not below `prefix` is left out."""
-        below = pc.starts_with(videos.column("uri"), pattern=keys.plain(prefix) + "/")
-        videos = videos.filter(below)
-        self._uris = pc.unique(videos.column("uri"))
-        self._uri_of = np.asarray(pc.index_in(videos.column("uri"), self._uris), np.int64)
-        self._uri_index = key_index.KeyIndex(_in_blocks(self._uris, _digests))
-        video_keys = _in_blocks(videos.column("video_key"), key_index.from_hex)
-        self._key_index = key_index.KeyIndex(video_keys)
-        self._key_of = self._key_index.find(video_keys)
-        self._named: npt.NDArray[np.bool_] = np.zeros(len(self._uris), np.bool_)
-        self._recognised: npt.NDArray[np.bool_] = np.zeros(len(video_keys), np.bool_)
+    def __init__(self, videos: Iterable[pa.Table], prefix: str) -> None:
+        """Take what is known (SEEN_VIDEOS); what is not below `prefix` is left out."""
+        self._videos = SpilledRows(SEEN_VIDEOS)
+        for table in videos:
+            below = pc.starts_with(table.column("uri"), pattern=keys.plain(prefix) + "/")
+            self._videos.add(table.filter(below))
+        self._uri_index = key_index.KeyIndex(
+            key_index.entries(uris, places) for places, uris, _ in self._blocks()
+        )
+        self._key_index = key_index.KeyIndex(
+            key_index.entries(video_keys, places) for places, _, video_keys in self._blocks()
+        )
+        # Of the places in the two indexes: a byte or two for each video that is known.
+        self._named: npt.NDArray[np.bool_] = np.zeros(len(self._videos), np.bool_)
+        self._recognised: npt.NDArray[np.bool_] = np.zeros(len(self._videos), np.bool_)
         self._waiting: list[str] = []
 
     def __len__(self) -> int:
         """Return the number of uris that are known below the prefix."""
-        return len(self._uris)
+        return len(self._uri_index)
 
     def name(self, uri: str) -> None:
         """Note an object of the listing, whether it is taken as a video or not."""
@@ -71,9 +73,30 @@ class RollCall:
     def absent(self) -> list[str]:
         """Return the uris that nothing was noted of, sorted."""
         self._note()
-        named = self._named.copy()
-        named[self._uri_of[self._recognised[self._key_of]]] = True
-        return sorted(self._uris.filter(pa.array(~named)).to_pylist())
+        there = self._named.copy()
+        for _, uris, video_keys in self._blocks():
+            recognised = self._recognised[self._key_index.find(video_keys)]
+            there[self._uri_index.find(uris)[recognised]] = True
+        absent = np.zeros(len(there), np.bool_)
+        for places in self._uri_index.places():  # one for each uri, of all rows about it
+            absent[places] = ~there[places]
+        found: list[str] = []
+        start = 0
+        for table in self._videos:
+            own = pa.array(absent[start : start + table.num_rows])
+            found += table.column("uri").filter(own).to_pylist()
+            start += table.num_rows
+        return sorted(found)
+
+    def _blocks(self) -> Iterator[tuple[key_index.Integers, key_index.Keys, key_index.Keys]]:
+        """Yield what is known in pieces: the places of rows, their uris as keys, their keys."""
+        start = 0
+        for table in self._videos:
+            for block in table.to_batches(max_chunksize=_NAMED_AT_ONCE):
+                uris, video_keys = (block.column(name).to_pylist() for name in SEEN_VIDEOS.names)
+                places = np.arange(start, start + block.num_rows)
+                yield places, _digests(uris), key_index.from_hex(video_keys)
+                start += block.num_rows
 
     def _note(self) -> None:
         places = self._uri_index.find(_digests(self._waiting))
@@ -87,31 +110,20 @@ def _digests(uris: Sequence[str]) -> key_index.Keys:
     return np.frombuffer(b"".join(digests), key_index.KEY)
 
 
-def _in_blocks(
-    column: pa.Array | pa.ChunkedArray, convert: Callable[[list[str]], key_index.Keys]
-) -> key_index.Keys:
-    """Convert a column piece by piece: as Python strings all of it would take twice the memory."""
-    starts = range(0, len(column), _NAMED_AT_ONCE)
-    parts = [convert(column.slice(start, _NAMED_AT_ONCE).to_pylist()) for start in starts]
-    return np.concatenate([np.empty(0, key_index.KEY), *parts])
-
-
-def known_videos(storage: Storage, output: str, seen: pa.Table, cached: CacheIndex) -> pa.Table:
-    """Return uri and video_key of what readers see, and of what has tokens without an answer.
-
-    The key is that of the object, also where it is cut into windows.
-    """
-    tables = [seen.select(_VIDEOS.names).cast(_VIDEOS)]
+def known_videos(
+    storage: Storage, output: str, seen: Iterable[pa.Table], cached: CacheIndex
+) -> Iterator[pa.Table]:
+    """Yield SEEN_VIDEOS of what readers see, and of what has tokens without an answer."""
+    yield from seen
     for table in _read_videos(storage, output):
         places = cached.locate(table.column("video_key").to_pylist())
         kept = table.filter(pa.array([place is not None for place in places], pa.bool_()))
-        tables.append(pa.table([kept.column("uri"), objects(kept)], schema=_VIDEOS))
-    return pa.concat_tables(tables).group_by(_VIDEOS.names).aggregate([])
+        yield pa.table([kept.column("uri"), objects(kept)], schema=SEEN_VIDEOS)
 
 
 def _read_videos(storage: Storage, output: str) -> Iterable[pa.Table]:
     files = find_files(output, storage)
-    names = [*_VIDEOS.names, "object_key"]
+    names = [*SEEN_VIDEOS.names, "object_key"]
     schema = pa.schema(rows.VIDEOS.field(name) for name in names)
 
     def read(uri: str) -> pa.Table:
@@ -121,8 +133,7 @@ def _read_videos(storage: Storage, output: str) -> Iterable[pa.Table]:
             return schema.empty_table()  # jobs/verify.py names it
 
     uris = [uri for uri in (*files.committed, *files.orphans) if "/videos-" in uri]
-    with ThreadPoolExecutor(_READERS) as pool:
-        yield from pool.map(read, uris)
+    yield from (table for _, table in read_each(uris, read, files.sizes))
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,22 @@ Single-threaded: Arrow's own threads reading a Python file abort the interpreter
 it ends (apache/arrow#34314, #50482). Many files are read side by side by threads of ours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.storage import Storage
+
+_T = TypeVar("_T")
+
+_READERS = 32  # files read at the same time: the wait is for the object store
+# Files read ahead, lest what was read piles up: so many, and no more bytes unless it is one.
+_AHEAD = 128
+_AHEAD_BYTES = 64 << 20
 
 # What reading damaged Parquet is known to raise; OSError is Arrow's word for a broken page.
 UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError)
@@ -45,3 +54,29 @@ def count_rows(storage: Storage, uri: str) -> int:
     """Return how many rows a file has, from its footer alone."""
     with open_parquet(storage, uri) as part:
         return int(part.metadata.num_rows)
+
+
+def read_each(
+    uris: Iterable[str], read: Callable[[str], _T], sizes: Mapping[str, int] | None = None
+) -> Iterator[tuple[str, _T]]:
+    """Yield each uri, in order, with what `read` makes of it; many are read side by side.
+
+    With `sizes`, in bytes, few large ones are: where most of a file is read.
+    """
+    with ThreadPoolExecutor(_READERS) as pool:
+        for some in _ahead(uris, sizes or {}):
+            yield from zip(some, pool.map(read, some), strict=True)
+
+
+def _ahead(uris: Iterable[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    some: list[str] = []
+    num_bytes = 0
+    for uri in uris:
+        size = sizes.get(uri, 0)
+        if some and (len(some) == _AHEAD or num_bytes + size > _AHEAD_BYTES):
+            yield some
+            some, num_bytes = [], 0
+        some.append(uri)
+        num_bytes += size
+    if some:
+        yield some

@@ -10,7 +10,17 @@ DELETED = "deleted"
 
 def seen_by_readers(table: pa.Table) -> pa.Table:
     """Keep of the rows of an output those that readers see: see answers.read_answers."""
-    return _latest(_uncut(_current(undeleted(table))))
+    return seen_of_objects(current_of_uris(table))
+
+
+def current_of_uris(table: pa.Table) -> pa.Table:
+    """Do the first half, for which all rows of a uri are needed, but only those."""
+    return _current(undeleted(table))
+
+
+def seen_of_objects(table: pa.Table) -> pa.Table:
+    """Do the second half, for which all rows of an object are needed that the first half kept."""
+    return _latest(_uncut(table))
 
 
 def undeleted(table: pa.Table) -> pa.Table:

@@ -6,31 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from pipeline import rows
 from pipeline.answers import find_run_files
 from pipeline.gone_videos import Gone
 from pipeline.keys import plain
-from pipeline.parquet import read_columns
-from pipeline.readers_view import DELETED
+from pipeline.recount import STAGES, count_answers, count_videos
 from pipeline.retry import next_try
 from pipeline.stages.source import WorkCounts
 from pipeline.storage import Storage, join
-
-STAGES = ("decode", "compress", "cache", "answer")
 
 _SPEED_HEADER = (
     "stage     videos   actors   busy s   busy s an actor   busy   videos/s   seconds of video/s"
 )
 _MAX_EXAMPLES = 10
-_MAX_SEARCHED = 100_000  # failures among which the examples are picked
-_ANSWERS = pa.schema(
-    rows.ANSWERS.field(name)
-    for name in ("video_key", "uri", "prompt_id", "status", "error_type", "error_message")
-)
 
 
 @dataclass(frozen=True)
@@ -110,44 +97,41 @@ def make_report(
     """
     output = plain(output)
     files = find_run_files(storage, join(output, run_id))
-    videos = _distinct(storage, files, "videos-", rows.VIDEOS, ["video_key"])
-    answers = _distinct(storage, files, "answers-", _ANSWERS, ["video_key", "prompt_id"])
-    answers = answers.filter(pc.not_equal(answers.column("status"), DELETED))
-    cut = _in_windows(videos)
+    videos = count_videos(storage, files)
+    answers = count_answers(storage, files, videos.failed_keys)
     named = counts.fresh + counts.cached + counts.failed + counts.windows
-    _require_all("videos, or windows of them,", named + cut.rows, videos.num_rows, run_id)
+    _require_all("videos, or windows of them,", named + videos.cut_rows, videos.rows, run_id)
     if answered:
-        _require_all("prompts", counts.prompts + cut.prompts, answers.num_rows, run_id)
-    good = videos.filter(pc.is_null(videos.column("error_type")))
-    bad = answers.filter(pc.equal(answers.column("status"), "failed"))
-    by_type = _by_type(videos, bad)
-    before = _total(good, "num_video_tokens", "num_audio_tokens")
-    after = _total(good, "kept_video_tokens", "kept_audio_tokens")
+        _require_all("prompts", counts.prompts + videos.cut_prompts, answers.rows, run_id)
+    by_type = dict((videos.failed_by_type + answers.failed_by_type).most_common())
+    sums = videos.sums
+    before = sums["num_video_tokens"] + sums["num_audio_tokens"]
+    after = sums["kept_video_tokens"] + sums["kept_audio_tokens"]
     return Report(
         run_id=run_id,
         output=output,
         wall_s=wall_s,
         held_s=held_s,
         source=counts,
-        videos=videos.num_rows,
-        windows=videos.num_rows - videos.column("start_s").null_count,
-        videos_ok=good.num_rows,
-        videos_failed=videos.num_rows - good.num_rows,
+        videos=videos.rows,
+        windows=videos.windows,
+        videos_ok=videos.ok,
+        videos_failed=videos.rows - videos.ok,
         failed_by_type=by_type,
         next_try={name: next_try(name) for name in by_type},
-        answers_ok=answers.num_rows - bad.num_rows,
-        answers_failed=bad.num_rows,
-        cache_hits=int(_total(good, "cache_hit")),
+        answers_ok=answers.rows - answers.failed,
+        answers_failed=answers.failed,
+        cache_hits=int(sums["cache_hit"]),
         tokens_before=int(before),
         tokens_after=int(after),
         retained=after / before if before else 0.0,
-        video_s=_total(good, "duration_s"),
-        stages=[_stage(stage, videos, actors.get(stage, 1), held_s) for stage in STAGES],
+        video_s=sums["duration_s"],
+        stages=[_stage(stage, sums, actors.get(stage, 1), held_s) for stage in STAGES],
         gone=len(gone.absent),
         removed=len(gone.removed),
         gone_examples=list((gone.removed or gone.absent)[:_MAX_EXAMPLES]),
         warnings=list(warnings),
-        examples=_examples(bad),
+        examples=_examples(answers.examples),
         see_failures=f"python jobs/show_answers.py output={output} status=failed run={run_id}",
     )
 
@@ -254,19 +238,6 @@ def _failures(report: Report) -> list[str]:
     return lines
 
 
-def _distinct(
-    storage: Storage, files: Sequence[str], kind: str, schema: pa.Schema, identity: list[str]
-) -> pa.Table:
-    """Return the rows of a kind of file, one for each identity: a repeated task wrote it again."""
-    own = [uri for uri in files if uri.rpartition("/")[2].startswith(kind)]
-    tables = [read_columns(storage, uri, schema.names).cast(schema) for uri in own]
-    table = pa.concat_tables([schema.empty_table(), *tables])
-    place = pa.array(np.arange(table.num_rows))
-    placed = table.select(identity).append_column("place", place)
-    last = placed.group_by(identity).aggregate([("place", "max")]).column("place_max")
-    return table.take(pa.array(np.sort(np.asarray(last))))
-
-
 def _require_all(what: str, expected: int, found: int, run_id: str) -> None:
     if found != expected:
         raise RuntimeError(
@@ -275,74 +246,27 @@ def _require_all(what: str, expected: int, found: int, run_id: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """What decode added to the work list by cutting videos into windows."""
-
-    rows: int
-    prompts: int
-
-
-def _in_windows(videos: pa.Table) -> _Cut:
-    """Count the rows, and their prompts, beyond the one that each cut video was.
-
-    A video whose worker died for good, after some of its windows had gone on, has a row of its own.
-    """
-    table = videos.select(["object_key", "windows", "num_prompts"])
-    cut = table.filter(pc.is_valid(table.column("windows"))).to_pylist()
-    whole = videos.filter(pc.is_null(videos.column("windows")))
-    failed = set(whole.filter(pc.is_null(whole.column("start_s"))).column("object_key").to_pylist())
-    rows_, prompts = 0, 0
-    of_object: dict[str, list[dict[str, Any]]] = {}
-    for row in cut:
-        of_object.setdefault(row["object_key"], []).append(row)
-    for key, own in of_object.items():
-        prompts += sum(row["num_prompts"] for row in own)
-        if key in failed:
-            rows_ += len(own)
-        else:
-            rows_ += own[0]["windows"] - 1
-            prompts -= own[0]["num_prompts"]
-    return _Cut(rows_, prompts)
-
-
-def _total(videos: pa.Table, *columns: str) -> float:
-    return sum(pc.sum(videos.column(column)).as_py() or 0 for column in columns)
-
-
-def _by_type(videos: pa.Table, bad: pa.Table) -> dict[str, int]:
-    """Count failed videos, and failed prompts of videos that were otherwise good, by error_type."""
-    failed = videos.filter(pc.is_valid(videos.column("error_type")))
-    alone = bad.filter(pc.invert(pc.is_in(bad.column("video_key"), failed.column("video_key"))))
-    counts: Counter[str] = Counter()
-    for table in (failed, alone):
-        for group in pc.value_counts(table.column("error_type")):
-            counts[group["values"].as_py()] += group["counts"].as_py()
-    return dict(counts.most_common())
-
-
-def _stage(stage: str, videos: pa.Table, actors: int, held_s: float) -> StageReport:
-    own = videos.filter(pc.is_valid(videos.column(f"{stage}_s")))
-    busy_s = _total(own, f"{stage}_s")
-    video_s = _total(own, "duration_s")
+def _stage(stage: str, sums: Mapping[str, float], actors: int, held_s: float) -> StageReport:
+    num_videos = int(sums[f"{stage} videos"])
+    busy_s, video_s = sums[f"{stage} {stage}_s"], sums[f"{stage} duration_s"]
     side_by_side_s = busy_s / max(1, actors)  # a stage that did not run had none
     return StageReport(
         stage=stage,
-        videos=own.num_rows,
+        videos=num_videos,
         video_s=video_s,
         busy_s=busy_s,
         actors=actors,
         busy_s_per_actor=side_by_side_s,
         busy_share=side_by_side_s / held_s if held_s else 0.0,
-        videos_per_s=own.num_rows / side_by_side_s if side_by_side_s else 0.0,
+        videos_per_s=num_videos / side_by_side_s if side_by_side_s else 0.0,
         video_s_per_s=video_s / side_by_side_s if side_by_side_s else 0.0,
     )
 
 
-def _examples(bad: pa.Table) -> list[Example]:
+def _examples(bad: Sequence[Mapping[str, Any]]) -> list[Example]:
     # One a video, and different kinds first: ten of the same would hide the others.
     first: dict[str, Mapping[str, Any]] = {}
-    for answer in bad.slice(0, _MAX_SEARCHED).to_pylist():
+    for answer in bad:
         first.setdefault(answer["video_key"], answer)
     rank: Counter[str] = Counter()
     ranked = []

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -22,6 +22,12 @@ from pipeline.errors import StartupError
 from pipeline.storage import Storage, StorageError, join
 
 log = logging.getLogger(__name__)
+
+# A place in the index: the number of the file, then 32 bits of the number of the row.
+_ROW_BITS = 32
+_ROW = (1 << _ROW_BITS) - 1
+
+Integers = key_index.Integers
 
 # A row of the work list whose tokens are cached, and where they lie; null in a failed row.
 HITS = pa.schema([*rows.IDENTITY, ("cache_file", pa.string()), ("cache_row", pa.int32())])
@@ -155,8 +161,17 @@ def bury_all(
     storage.write(join(folder, f"bad-{uuid.uuid4().hex}.json"), text.encode())
 
 
+@dataclass(frozen=True)
+class Folder:
+    """What lies in `<cache>/<fingerprint>`, by uri."""
+
+    files: tuple[str, ...]
+    tombstones: tuple[str, ...]
+    key_files: tuple[str, ...]
+
+
 class CacheIndex:
-    """Know which videos have kept tokens, and where. 10^7 of them take about 0.5 GB.
+    """Know which videos have kept tokens, and where; any number of them, see pipeline.key_index.
 
     Only the key and the time of each row are read. Of equal keys the latest row counts. A file
     that cannot be read is in `unreadable`, and its videos are misses.
@@ -166,65 +181,53 @@ class CacheIndex:
         """Read the index of `<cache>/<fingerprint>`; a folder that does not exist is empty."""
         folder = keys.plain(folder)
         parts = list_folder(storage, folder)
+        self._files = parts.files
+        self._lengths: Integers = np.zeros(len(parts.files), np.int64)
+        self.unreadable: list[str] = []
+        self._index = key_index.KeyIndex(self._read(storage, folder, parts))
+
+    def _read(self, storage: Storage, folder: str, parts: Folder) -> Iterator[key_index.Entries]:
+        numbers = {uri: number for number, uri in enumerate(self._files)}
         buried: dict[str, set[int]] = {}
         for places in read_tombstones(storage, folder, parts.tombstones).values():
             for uri, row in places:
                 buried.setdefault(uri, set()).add(row)
-        self._files: list[str] = []
-        self._lengths: list[int] = []
-        self.unreadable: list[str] = []
-        found, created, file_of, row_of = [], [], [], []
-        read = cache_keys.read_keys(storage, folder, parts.files, parts.key_files)
-        for uri, part in read.items():
+        for uri, part in cache_keys.read_keys(storage, folder, parts.files, parts.key_files):
             if part is None:
                 self.unreadable.append(uri)
                 continue
-            keys_here, created_here = part
-            rows_here = np.arange(len(keys_here), dtype=np.int32)
+            video_keys, created = part
+            self._lengths[numbers[uri]] = len(video_keys)
+            rows_here = np.arange(len(video_keys))
             if uri in buried:
-                rows_here = np.setdiff1d(rows_here, np.array(list(buried[uri]), np.int32))
-                keys_here, created_here = keys_here[rows_here], created_here[rows_here]
-            found.append(keys_here)
-            created.append(created_here)
-            row_of.append(rows_here)
-            file_of.append(np.full(len(rows_here), len(self._files), np.int32))
-            self._files.append(uri)
-            self._lengths.append(len(part[0]))
-        # An empty first piece, for a cache without files.
-        order = np.argsort(np.concatenate([np.empty(0, np.int64), *created]), kind="stable")
-        none = np.empty(0, np.int32)
-        self._file_of = np.concatenate([none, *file_of])[order]
-        self._row_of = np.concatenate([none, *row_of])[order]
-        all_keys = np.concatenate([np.empty(0, key_index.KEY), *found])
-        self._index = key_index.KeyIndex(all_keys[order])
+                rows_here = np.setdiff1d(rows_here, np.array(list(buried[uri])))
+            # Of rows of one moment the one in the file whose name sorts behind counts.
+            places_here = (numbers[uri] << _ROW_BITS) + rows_here
+            yield key_index.entries(video_keys[rows_here], places_here, created[rows_here])
 
     def __len__(self) -> int:
         """Return the number of videos with kept tokens."""
         return len(self._index)
 
-    def rows_of_files(self) -> dict[str, tuple[int, list[int]]]:
-        """Return for each readable file its length and the rows that count.
+    def rows_of_files(self) -> Iterator[tuple[str, int, Integers]]:
+        """Yield each readable file, its length and the numbers of the rows that count.
 
         The others are superseded by a later row of the same key, or buried by a tombstone.
         """
-        live: dict[int, list[int]] = {}
-        for place in self._index.places:
-            live.setdefault(int(self._file_of[place]), []).append(int(self._row_of[place]))
-        return {
-            uri: (self._lengths[number], sorted(live.get(number, [])))
-            for number, uri in enumerate(self._files)
-        }
+        starts = np.cumsum(self._lengths) - self._lengths
+        counts = np.zeros(int(self._lengths.sum()), np.bool_)
+        for places in self._index.places():
+            counts[starts[places >> _ROW_BITS] + (places & _ROW)] = True
+        unreadable = set(self.unreadable)
+        for uri, start, length in zip(self._files, starts, self._lengths, strict=True):
+            if uri not in unreadable:
+                yield uri, int(length), np.flatnonzero(counts[start : start + length])
 
     def locate(self, video_keys: Sequence[str]) -> list[Location | None]:
         """Return where each video's tokens lie; None: a miss."""
         places = self._index.find(key_index.from_hex(list(video_keys)))
-        if not len(self._index):
-            return [None] * len(places)
-        files, rows_ = self._file_of[places].tolist(), self._row_of[places].tolist()
-        return [
-            Location(self._files[file], row) if hit else None
-            for hit, file, row in zip((places >= 0).tolist(), files, rows_, strict=True)
-        ]
+        found = zip((places >> _ROW_BITS).tolist(), (places & _ROW).tolist(), strict=True)
+        return [Location(self._files[file], row) if file >= 0 else None for file, row in found]
 
 
 def find_folders(storage: Storage, root: str) -> list[str]:
@@ -240,15 +243,6 @@ def find_folders(storage: Storage, root: str) -> list[str]:
         if error.error_type != "not_found":
             raise StartupError(f"cache: the token cache cannot be read: {error}") from error
     return sorted(folders)
-
-
-@dataclass(frozen=True)
-class Folder:
-    """What lies in `<cache>/<fingerprint>`, by uri."""
-
-    files: tuple[str, ...]
-    tombstones: tuple[str, ...]
-    key_files: tuple[str, ...]
 
 
 def list_folder(storage: Storage, folder: str) -> Folder:

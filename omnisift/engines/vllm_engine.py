@@ -24,6 +24,9 @@ from omnisift.prompts import BadTokensError, PromptText, Sampling, check_kept, c
 log = logging.getLogger(__name__)
 
 _MOST_LOGPROBS = 64  # vLLM gives at most 128 chosen ones a request
+# Beside what vLLM counts: captured graphs, inputs on the GPU, the allocator's fragments. Measured
+# with 7B weights on an H200: 2.2 GiB (docs/results.md).
+_UNCOUNTED_BYTES = 3 << 30
 _TRIES = 2  # engines that a question may bring down before it is refused
 
 
@@ -40,6 +43,21 @@ class VllmOptions:
     load_format: str = "auto"  # "dummy": random weights, for benchmarks
     eager: bool = False  # without captured graphs: starts sooner, decodes slower
     more: Mapping[str, Any] = field(default_factory=dict)  # of vLLM's AsyncEngineArgs
+
+
+def counted_fraction(fraction: float, total_bytes: int) -> float:
+    """Return the share of a GPU that vLLM is told, so that what it does not count fits as well.
+
+    Raises ValueError where that would be nothing.
+    """
+    counted = fraction - _UNCOUNTED_BYTES / total_bytes
+    if counted <= 0:
+        raise ValueError(
+            f"answer.gpu_memory_fraction={fraction:g} of {total_bytes / 2**30:.0f} GiB is no more "
+            f"than the {_UNCOUNTED_BYTES / 2**30:.0f} GiB that vLLM takes beside weights and KV "
+            "cache: raise it, or set answer.engine=transformers"
+        )
+    return counted
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,7 @@ class VllmEngine:
         self._width: int = config.text_config.hidden_size
         self._max_positions: int = config.text_config.max_position_embeddings
         self._context_tokens = options.context_tokens or self._max_positions
+        self._device = device
         self._dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self._numbers = count()
         self._loop = asyncio.new_event_loop()
@@ -110,13 +129,19 @@ class VllmEngine:
 
         vllm_plugin.register()  # here; vLLM's own processes find it by its entry point
         options = self._options
+        fraction = options.gpu_memory_fraction
+        if self._device == "cuda":
+            from vllm.platforms import current_platform
+
+            # Asks the driver's library: a context of this process would take memory itself.
+            fraction = counted_fraction(fraction, current_platform.get_device_total_memory())
         arguments: dict[str, Any] = {
             "model": str(self._folder),
             "hf_overrides": {"architectures": [ARCHITECTURE]},
             "dtype": str(self._dtype).removeprefix("torch."),
             "max_model_len": self._context_tokens,
             "max_num_batched_tokens": options.batched_tokens,
-            "gpu_memory_utilization": options.gpu_memory_fraction,
+            "gpu_memory_utilization": fraction,
             "tensor_parallel_size": options.tensor_parallel_size,
             "distributed_executor_backend": "mp" if options.tensor_parallel_size > 1 else None,
             "quantization": options.quantization or None,

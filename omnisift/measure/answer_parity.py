@@ -62,11 +62,17 @@ class Parity:
 
 
 def measure_parity(
-    folder: Path, kept: Sequence[KeptTokens], *, device: str, eager: bool = True
+    folder: Path,
+    kept: Sequence[KeptTokens],
+    *,
+    device: str,
+    eager: bool = True,
+    tensor_parallel_size: int = 1,
 ) -> Parity:
     """Compare vLLM with transformers on a checkpoint; float32 says how far rounding goes.
 
-    `eager` is vLLM without captured graphs, which starts sooner.
+    `eager` is vLLM without captured graphs, which starts sooner; `tensor_parallel_size` GPUs share
+    its model.
     """
     backbone = load_backbone(folder, part="language_model", device=device)
     exact = Backbone(copy.deepcopy(backbone.model).float())
@@ -76,6 +82,7 @@ def measure_parity(
     context_tokens = min(8192, thinker_config(folder).text_config.max_position_embeddings)
     options = VllmOptions(
         gpu_memory_fraction=0.1,
+        tensor_parallel_size=tensor_parallel_size,
         context_tokens=context_tokens,
         batched_tokens=8192,
         eager=eager,

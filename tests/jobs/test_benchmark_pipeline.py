@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import ray
 
@@ -7,7 +9,7 @@ from jobs import benchmark_pipeline
 def test_the_quick_benchmark_measures_each_stage_and_the_flow(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init(num_cpus=3, include_dashboard=False)
     try:
         benchmark_pipeline.main(["--quick"])
     finally:
@@ -21,7 +23,7 @@ def test_the_quick_benchmark_measures_each_stage_and_the_flow(
         "compress, 1 call at once",
         "compress, 2 calls at once",
         "cache, 1 actors",
-        "decode, 1 actors",
+        "decode, 2 actors",
         "**all together**, 2 videos in the middle of 4",
     ]
     assert all(seconds > 0 for seconds in measured.values())
@@ -31,3 +33,6 @@ def test_the_quick_benchmark_measures_each_stage_and_the_flow(
     assert list(busy) == [f"{stage}: busy in the middle" for stage in stages]
     assert all(int(text.split("%")[0]) > 0 for text in busy.values())
     assert "done in this run                    4" in report
+    [held_s] = re.findall(r"decoding actors held back: (\d+) s behind the first", report)
+    [run_s] = re.findall(r"took ([\d.]+) s", report)
+    assert float(held_s) < float(run_s)

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import rows
+from pipeline import key_index, rows, spilled_rows
 from pipeline.answers import COMMITTED, AnswerIndex, commit, find_files, read_answers
 from pipeline.config import StorageConfig
 from pipeline.errors import StartupError
@@ -225,6 +226,44 @@ def test_readers_see_what_a_slow_reader_sees(
     found = read_answers(str(output), STORAGE, committed_only=False).to_pylist()
     seen = sorted((row["video_key"], row["prompt_id"], row["text"]) for row in found)
     assert seen == _oracle(answers)
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_answers, st.integers(0, 10), st.integers(1, 8))
+def test_answers_in_partitions_are_those_that_a_slow_reader_sees(
+    tmp_path_factory: pytest.TempPathFactory,
+    drawn: list[tuple[str, str, str | None, int]],
+    cut: int,
+    in_memory: int,
+) -> None:
+    output = tmp_path_factory.mktemp("output")
+    answers = [
+        _answer(
+            *(key, prompt, str(n)),
+            at=at,
+            status="failed" if stage else "ok",
+            error_stage=stage,
+        )
+        for n, (key, prompt, stage, at) in enumerate(drawn)
+    ]
+    _write(output, "run-1", answers[:cut])
+    _write(output, "run-2", answers[cut:])
+    with (
+        mock.patch.object(spilled_rows, "IN_MEMORY", in_memory),
+        mock.patch.object(key_index, "IN_MEMORY", in_memory),
+    ):
+        index = _index(output)
+    by_text = {answer["text"]: answer for answer in answers}
+    seen = [(key, prompt, by_text[text]) for key, prompt, text in _oracle(answers)]
+    ok = {(key, prompt) for key, prompt, answer in seen if answer["status"] == "ok"}
+    asked = {(answer["video_key"], answer["prompt_id"]): answer["prompt"] for answer in answers}
+    assert len(index) == len(ok)
+    for (key, prompt_id), prompt in asked.items():
+        assert index.answered([(key, prompt_id, prompt)]).tolist() == [(key, prompt_id) in ok]
+    videos = {(row["uri"], row["video_key"]) for part in index.videos for row in part.to_pylist()}
+    assert videos == {
+        (answer["uri"], key) for key, _, answer in seen if answer["error_stage"] != "source"
+    }
 
 
 def test_answers_of_other_settings_are_not_done(tmp_path: Path) -> None:

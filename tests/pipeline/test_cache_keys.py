@@ -4,10 +4,11 @@ import hashlib
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from pipeline import cache_keys, keys, rows, token_cache
+from pipeline import cache_keys, key_index, keys, rows, token_cache
 from pipeline.compact_cache import compact_cache
 from pipeline.config import StorageConfig
 from pipeline.storage import Storage
@@ -112,7 +113,7 @@ def test_a_key_file_that_is_wrong_is_a_fault(folder: str) -> None:
     uri = _write(folder, "a")
     other = cache_keys.read_part(STORAGE, _write(folder, "b"))
     assert other is not None
-    key_file = cache_keys.write_keys(STORAGE, folder, [(uri, other)], replaces=())
+    key_file = cache_keys.write_keys(STORAGE, folder, [(uri, other)])
     assert list(verify_cache(STORAGE, folder)) == [
         f"{key_file}: names other videos than {uri} holds"
     ]
@@ -124,3 +125,94 @@ def test_a_second_compaction_writes_no_other_key_file(folder: str) -> None:
     before = token_cache.list_folder(STORAGE, folder)
     _compact(folder)
     assert token_cache.list_folder(STORAGE, folder) == before
+
+
+def _random_cache(folder: str, seed: int) -> dict[str, list[Location]]:
+    """Write part files with names that come again; return the places of each, the latest last."""
+    random = Random(seed)
+    places: dict[str, list[Location]] = {}
+    for _ in range(random.randint(1, 12)):
+        names = random.sample(range(40), random.randint(1, 6))
+        uri = _write(folder, *(str(name) for name in names))
+        for row, name in enumerate(names):
+            places.setdefault(str(name), []).append(Location(uri, row))
+    return places
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("in_memory", [1 << 22, 1, 9])
+def test_any_mix_of_files_says_what_a_dict_says(
+    folder: str, monkeypatch: pytest.MonkeyPatch, seed: int, in_memory: int
+) -> None:
+    """Key files whole, broken and lost; newer part files; tombstones; one partition or many."""
+    random = Random(seed)
+    monkeypatch.setattr(key_index, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(cache_keys, "KEYS_A_FILE", 7)
+    expected = _random_cache(folder, seed)
+    files = token_cache.list_folder(STORAGE, folder).files
+    cache_keys.renew_keys(STORAGE, folder, files, ())
+    key_files = token_cache.list_folder(STORAGE, folder).key_files
+    for key_file in key_files:
+        if random.random() < 0.3:
+            STORAGE.delete(key_file)
+        elif random.random() < 0.3:
+            Path(key_file).write_bytes(Path(key_file).read_bytes()[:-9])
+    for name, places in _random_cache(folder, seed + 100).items():
+        expected.setdefault(name, []).extend(places)
+    for name in random.sample(sorted(expected), 2):
+        place = expected[name].pop()  # an older row counts again, where there is one
+        token_cache.bury(STORAGE, place.file, place.row, video_key=_key(name), reason="damaged")
+
+    def check() -> None:
+        names = [str(name) for name in range(45)]
+        index = CacheIndex(STORAGE, folder)
+        found = dict(zip(names, index.locate([_key(name) for name in names]), strict=True))
+        last = {name: places[-1] for name, places in expected.items() if places}
+        assert found == {name: last.get(name) for name in names}
+        assert len(index) == len(last)
+        live = {
+            Location(uri, row) for uri, _, rows_ in index.rows_of_files() for row in rows_.tolist()
+        }
+        assert live == set(last.values())
+
+    check()
+    for _ in range(2):
+        found = token_cache.list_folder(STORAGE, folder)
+        cache_keys.renew_keys(STORAGE, folder, found.files, found.key_files)
+        check()
+    assert list(verify_cache(STORAGE, folder)) == []
+
+
+def test_full_key_files_stay_and_small_ones_are_merged(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_keys, "KEYS_A_FILE", 4)
+
+    def renew() -> tuple[str, ...]:
+        found = token_cache.list_folder(STORAGE, folder)
+        cache_keys.renew_keys(STORAGE, folder, found.files, found.key_files)
+        return token_cache.list_folder(STORAGE, folder).key_files
+
+    _write(folder, "a", "b", "c")
+    (full,) = renew()
+    _write(folder, "d")
+    both = renew()
+    assert len(both) == 2
+    assert full in both
+    _write(folder, "e")
+    after = renew()
+    assert len(after) == 2
+    assert full in after
+    assert after != both
+    assert renew() == after
+    gone = token_cache.list_folder(STORAGE, folder).files[0]
+    STORAGE.delete(gone)
+    named = [cache_keys.read_key_file(STORAGE, folder, uri) or {} for uri in renew()]
+    assert gone not in {file for files in named for file in files}
+
+
+def test_a_key_file_deleted_behind_the_listing_costs_time_only(folder: str) -> None:
+    uri = _write(folder, "a", "b")
+    gone = f"{folder}/keys-{uuid.uuid4().hex}.parquet"
+    [(file, found)] = cache_keys.read_keys(STORAGE, folder, [uri], [gone])
+    assert (file, found is not None and len(found[0])) == (uri, 2)

@@ -255,7 +255,7 @@ def test_a_roll_call_knows_any_name() -> None:
     table = type(table).from_pylist(
         [{"uri": name, "video_key": f"{n:064x}"} for n, name in enumerate(names)], table.schema
     )
-    roll_call = RollCall(table, "/v/")
+    roll_call = RollCall([table], "/v/")
     assert len(roll_call) == 3
     assert roll_call.absent() == sorted(names[:3])
     roll_call.name("/v/a.mp4")

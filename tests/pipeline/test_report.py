@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import rows
+from pipeline import rows, spilled_rows
 from pipeline.config import StorageConfig
 from pipeline.report import Report, make_report, render, write_report
 from pipeline.stages.sink import Sink
@@ -101,6 +101,27 @@ def test_the_report_is_a_recount_of_the_files(tmp_path: Path) -> None:
     assert written["source"]["prompts_answered"] == 3
     assert written["failed_by_type"] == report.failed_by_type
     assert written["stages"][0]["stage"] == "decode"
+
+
+def test_a_report_does_not_depend_on_how_much_lies_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [_video, _failed, _hit, _unanswered]
+    blocks = [[kinds[n % 4](f"{n}{m}") for n in range(7)] for m in range(3)]
+    prompts = sum(len(row["prompts"]) for block in blocks for row in block)
+    counts = WorkCounts(videos=21, fresh=15, cached=6, prompts=prompts)
+    blocks.append(blocks[0])  # a task that was repeated
+    expected = _report(tmp_path / "whole", blocks, counts)
+    assert (expected.videos, expected.videos_failed) == (21, 6)
+    monkeypatch.setattr(spilled_rows, "IN_MEMORY", 3)
+    found = _report(tmp_path / "spilled", blocks, counts)
+
+    def settled(report: Report) -> Mapping[str, Any]:
+        same = {"output": "", "see_failures": ""}
+        examples = sorted(report.examples, key=lambda example: example.uri)
+        return {**vars(report), **same, "examples": examples}
+
+    assert settled(found) == settled(expected)
 
 
 def test_a_newcomer_finds_everything_in_the_text(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from omnisift.checkpoint import load_backbone
 from omnisift.engines import vllm_plugin
 from omnisift.engines.interface import AskedVideo, Question
 from omnisift.engines.transformers_engine import TransformersEngine
-from omnisift.engines.vllm_engine import VllmEngine, VllmOptions
+from omnisift.engines.vllm_engine import VllmEngine, VllmOptions, counted_fraction
 from omnisift.engines.vllm_plugin import MODALITY
 from omnisift.measure.random_checkpoint import random_kept
 from omnisift.mini.tiny import write_tiny_model
@@ -204,3 +204,12 @@ def test_vllm_is_told_of_the_model_by_its_entry_point(monkeypatch: pytest.Monkey
     assert architecture == vllm_plugin.ARCHITECTURE
     source, class_name = model.split(":")
     assert f"class {class_name}(" in (ROOT / f"{source.replace('.', '/')}.py").read_text()
+
+
+def test_vllm_is_told_less_memory_than_it_may_take() -> None:
+    gib = 2**30
+    # An H200 with .9 of it: vLLM took 128.6 GiB where 126.4 were allowed.
+    told = counted_fraction(0.9, 140 * gib) * 140
+    assert told + (128.6 - 126.4) <= 0.9 * 140
+    with pytest.raises(ValueError, match=r"gpu_memory_fraction=0\.1 of 24 GiB .* raise it"):
+        counted_fraction(0.1, 24 * gib)

@@ -3,18 +3,21 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import keys, rows
+from pipeline import key_index, keys, rows, spilled_rows
 from pipeline.answers import AnswerIndex
-from pipeline.config import CaptionConfig, ListingConfig, StorageConfig
+from pipeline.config import CaptionConfig, ListingConfig, MediaConfig, StorageConfig
 from pipeline.errors import StartupError
+from pipeline.gone_videos import RollCall, known_videos
 from pipeline.stages import source
 from pipeline.stages.cache import WriteCache
 from pipeline.stages.source import WorkCounts, WorkList, list_work
@@ -519,3 +522,66 @@ def test_large_lists_are_cut_into_parts(corpus: Corpus, monkeypatch: pytest.Monk
     assert [Path(part).name for part in work.fresh] == [f"fresh-0000{n}.parquet" for n in range(3)]
     assert _names(work.fresh) == names
     assert Counter(len(row["prompts"]) for row in _rows(work.fresh)) == {2: 10}
+
+
+@pytest.mark.parametrize("window_s", [0.0, 4.0])
+def test_the_work_list_does_not_depend_on_how_much_lies_in_memory(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, window_s: float
+) -> None:
+    random = Random(7)
+    prompt_id = keys.prompt_id(DEFAULT)
+    states = Counter[str]()
+    for number in range(60):
+        name = f"{number}.mp4"
+        corpus.add(name)
+        own = corpus.key(name)
+        uri = str(corpus.videos / name)
+        parts = [own]
+        if window_s:
+            parts = [
+                keys.window_key(own, window_s, n, last=n == random.randint(1, 4)) for n in range(3)
+            ]
+        for key in random.sample(parts, random.randint(0, len(parts))):
+            state = random.choice(["answered", "failed", "cached", "changed since"])
+            states[state] += 1
+            about = {"uri": uri, "object_key": own, "window_s": window_s or None}
+            if state == "cached":
+                corpus.cached(key)
+            elif state == "answered":
+                corpus.answer(key, prompt_id, DEFAULT, **about)
+            elif state == "failed":
+                failure = {"status": "failed", "error_stage": "decode", "attempts": 1}
+                failure["error_type"] = random.choice(["truncated", "decode_crash"])
+                corpus.answer(key, prompt_id, DEFAULT, **about, **failure)
+            else:
+                corpus.answer(key, prompt_id, DEFAULT, **about)
+                corpus.answer("f" * 64, prompt_id, DEFAULT, uri=uri)
+    assert min(states.values()) > 3
+
+    def work() -> tuple[WorkCounts, list[pa.Table]]:
+        config = replace(
+            CaptionConfig(source=str(corpus.videos), output=str(corpus.output)),
+            media=replace(MediaConfig(), window_s=window_s),
+        )
+        done = AnswerIndex(STORAGE, str(corpus.output), fingerprint=FINGERPRINT)
+        cached = CacheIndex(STORAGE, str(corpus.cache))
+        known = known_videos(STORAGE, str(corpus.output), done.videos, cached)
+        roll_call = RollCall(known, config.source)
+        listed = list_work(
+            config,
+            STORAGE,
+            done=done,
+            cached=cached,
+            folder=str(corpus.output / "run"),
+            roll_call=roll_call,
+        )
+        assert roll_call.absent() == []
+        files = [*listed.fresh, *listed.cached, *listed.failed]
+        return listed.counts, [pq.read_table(file) for file in files]
+
+    expected = work()
+    counts = expected[0]
+    assert min(counts.fresh, counts.cached + counts.windows, counts.prompts_answered) > 3
+    monkeypatch.setattr(key_index, "IN_MEMORY", 5)
+    monkeypatch.setattr(spilled_rows, "IN_MEMORY", 5)
+    assert work() == expected

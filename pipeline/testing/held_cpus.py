@@ -1,0 +1,45 @@
+"""Hold CPUs of Ray's back for a while, so that actors which need them start later than others."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+_EVERY_S = 0.1
+
+
+class _Holder:
+    def ready(self) -> None:
+        """Say that the CPUs are held."""
+
+
+@contextmanager
+def held_cpus(cpus: float, until: Callable[[], bool]) -> Iterator[list[float]]:
+    """Take CPUs for as long as `until()` is false, at most while the block runs.
+
+    Gives the seconds for which they were held, in a list that is empty until then.
+    """
+    held_s: list[float] = []
+    if cpus <= 0:
+        yield held_s
+        return
+    holder: Any = ray.remote(_Holder).options(num_cpus=cpus).remote()
+    ray.get(holder.ready.remote())
+    start, over = time.monotonic(), threading.Event()
+
+    def release() -> None:
+        while not over.wait(_EVERY_S) and not until():
+            pass
+        ray.kill(holder)
+        held_s.append(time.monotonic() - start)
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    try:
+        yield held_s
+    finally:
+        over.set()
+        thread.join()
