@@ -190,7 +190,7 @@ def _ground(
     left, top, shade = poster[:, :, None, None].unbind(1)
     outside = torch.maximum((across - left).abs(), (down - top).abs()) - _POSTER
     on_it = (0.5 - outside).clamp(0, 1)
-    return ground[:, :, None, None] + (on_it * (shade + 0.12 * figure) + texture)[:, None]
+    return ground[:, :, None, None] + (on_it * (shade + 0.2 * figure) + texture)[:, None]
 
 
 class _Poses(NamedTuple):

@@ -31,7 +31,7 @@ from omnisift.mini.questions import KINDS
 from omnisift.mini.sounds import TOKENS_PER_SECOND
 from omnisift.mini.student import Stage, Student
 from omnisift.mini.world import COLOURS, NOISES, SIDE
-from omnisift.training.exploring import Exploring
+from omnisift.training.exploring import Antithetic, Exploring
 from omnisift.training.loop import Schedule, train
 
 _SIDE_TOKENS = SIDE // FACTOR
@@ -150,20 +150,20 @@ class Trainer:
                 video = towers.encode_frames(student.model, seen.frames).float()
                 audio = towers.encode_mel(student.model, seen.mel).float()
             clips = self._clips(lesson.duration_s)
-            block = clips.block
             embeds = place(student.model, clips, video, audio)
+            if recipe.stage == "selector":
+                return self._selector_loss(lesson, seen, clips, embeds.detach())
             if recipe.method == "none":
                 kept = embeds
                 kept_positions = clips.positions[:, None].expand(-1, len(embeds), -1)
             else:
-                kept, kept_positions, mask = self._compress(lesson, clips, embeds)
-            hidden = self._read(lesson, kept, kept_positions, block.next_position)
-            metrics = self._text_losses(lesson, hidden[:, -lesson.ids.shape[1] :])
-            loss = metrics["loss/questions"] + metrics["loss/caption"]
+                selector = Exploring(student.selector, recipe.exploration)
+                kept, kept_positions, mask = self._compress(lesson, clips, embeds, selector)
+            hidden = self._read(lesson, kept, kept_positions, clips.block.next_position)
+            losses, metrics = self._text_losses(lesson, hidden[:, -lesson.ids.shape[1] :])
+            loss = losses.sum()
             if recipe.method != "none":
-                heard_kept, sounding = mask[:, clips.audio], seen.sound >= 0
-                metrics["kept/sounding"] = (heard_kept & sounding).sum() / sounding.sum()
-                metrics["kept/silent"] = (heard_kept & ~sounding).sum() / (~sounding).sum()
+                metrics |= _kept_metrics(mask[:, clips.audio], seen.sound >= 0)
             if recipe.stage == "backbone":
                 weight = 1.0 if progress < _HELP_UNTIL else _HELP_AFTER
                 after = hidden[:, len(self.prefix) : len(self.prefix) + embeds.shape[1]]
@@ -176,8 +176,23 @@ class Trainer:
                 metrics |= aux | {"loss/consistency": steady}
         return loss, metrics
 
+    def _selector_loss(
+        self, lesson: Lesson, seen: Seen, clips: Clips, embeds: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compare two selections that differ by noise; the LLM stays as it is."""
+        selector = Antithetic(self.student.selector, self.recipe.exploration)
+        found = []
+        for _ in range(2):
+            kept, positions, mask = self._compress(lesson, clips, embeds, selector)
+            with torch.no_grad():
+                hidden = self._read(lesson, kept, positions, clips.block.next_position)
+                found.append(self._text_losses(lesson, hidden[:, -lesson.ids.shape[1] :]))
+        (first, metrics), (second, _) = found
+        loss = selector.loss(first, second)
+        return loss, metrics | _kept_metrics(mask[:, clips.audio], seen.sound >= 0)
+
     def _compress(
-        self, lesson: Lesson, clips: Clips, embeds: Tensor
+        self, lesson: Lesson, clips: Clips, embeds: Tensor, selector: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the kept tokens [B, n, D], their positions [3, B, n], who was kept [B, L]."""
         recipe = self.recipe
@@ -186,7 +201,6 @@ class Trainer:
         shares = shares_for(float(chance.choice(recipe.retain)))
         rows = embeds.float()
         deciders = DECIDERS.get(recipe.method)
-        selector: Any = Exploring(self.student.selector, recipe.exploration)
         with torch.autocast(self.device.type, enabled=False):
             if deciders is not None and not deciders.by_chance:
                 # The plan is the same for all clips of a length: made once, not at each step.
@@ -244,7 +258,8 @@ class Trainer:
             x = text_layer(GatedLayer.of_text(layer), x, mask, cos, sin, *heads)
         return rms_norm(x, text.norm.weight, text.norm.variance_epsilon)
 
-    def _text_losses(self, lesson: Lesson, hidden: Tensor) -> dict[str, Tensor]:
+    def _text_losses(self, lesson: Lesson, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return each scene's part in the loss [B], and what is logged."""
         targets = lesson.targets.to(self.device, non_blocking=True)
         kinds = lesson.kinds.to(self.device, non_blocking=True)
         logits = self.student.model.lm_head(hidden).float()
@@ -256,16 +271,19 @@ class Trainer:
         asked = told & (kinds < len(KINDS))
         captioned = told & (kinds == len(KINDS))
         answers = asked & (targets != self.end)
+        # Each token counts alike, whichever scene it is of.
+        of_questions = (losses * asked).sum(1) / asked.sum()
+        of_caption = (losses * captioned).sum(1) / captioned.sum()
         metrics = {
-            "loss/questions": (losses * asked).sum() / asked.sum(),
-            "loss/caption": (losses * captioned).sum() / captioned.sum(),
+            "loss/questions": of_questions.sum(),
+            "loss/caption": of_caption.sum(),
             "accuracy": (right & answers).sum() / answers.sum(),
             "accuracy/caption": (right & captioned).sum() / captioned.sum(),
         }
         for index, kind in enumerate(KINDS):
             mine = answers & (kinds == index)
             metrics[f"accuracy/{kind}"] = (right & mine).sum() / mine.sum().clamp(min=1)
-        return metrics
+        return of_questions + of_caption, metrics
 
     def _auxiliary(
         self,
@@ -307,6 +325,14 @@ class Trainer:
         change = 1 - F.cosine_similarity(video[:, :-1], video[:, 1:], dim=-1)
         losses["loss/consistency"] = (change * still).sum() / still.sum().clamp(min=1)
         return losses
+
+
+def _kept_metrics(kept: Tensor, sounding: Tensor) -> dict[str, Tensor]:
+    """Return which share of the audio tokens is kept, of those with a sound and of the others."""
+    return {
+        "kept/sounding": (kept & sounding).sum() / sounding.sum(),
+        "kept/silent": (kept & ~sounding).sum() / (~sounding).sum(),
+    }
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:

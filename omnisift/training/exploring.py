@@ -31,3 +31,37 @@ class Exploring(nn.Module):
         mean = score.mean(1, keepdim=True)
         gumbel = -torch.log(-torch.log(torch.rand_like(score).clamp(1e-6, 1 - 1e-6)))
         return score - (mean - mean.detach()) + self.noise * gumbel
+
+
+class Antithetic(nn.Module):
+    """A selector whose scores are pushed by noise, and in the next call by the same turned round.
+
+    What a model says of both selections tells which scores should be larger, also those of tokens
+    that were dropped: the gradient of the expected loss by differences along random directions
+    (evolution strategies, arXiv 1703.03864, section 2.1).
+    """
+
+    def __init__(self, selector: AudioSelector, noise: float) -> None:
+        """Wrap a selector for two calls; `noise` is the standard deviation of what pushes."""
+        super().__init__()
+        self.selector, self.noise = selector, noise
+        self.score: Tensor | None = None
+        self.push: Tensor | None = None
+
+    def forward(self, video_CVD: Tensor, video_valid_CV: Tensor, audio_CAD: Tensor) -> Tensor:
+        """Return the pushed scores [C, A], without a gradient."""
+        if self.score is None or self.push is None:
+            self.score = self.selector(video_CVD, video_valid_CV, audio_CAD)
+            self.push = self.noise * torch.randn_like(self.score)
+            return self.score.detach() + self.push
+        return self.score.detach() - self.push
+
+    def loss(self, first_B: Tensor, second_B: Tensor) -> Tensor:
+        """Return what has that gradient, from the losses of both selections of B videos.
+
+        The chunks of each video have to follow one another, as many in each.
+        """
+        if self.score is None or self.push is None:
+            raise RuntimeError("the losses are those of two calls")
+        along_B = (self.score * self.push).reshape(len(first_B), -1).sum(1) / self.noise**2
+        return ((first_B - second_B).detach() / 2 * along_B).mean()
