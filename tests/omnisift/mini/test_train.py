@@ -191,6 +191,27 @@ def test_a_stage_trains_what_it_should_and_nothing_else(
     assert backbone.width == WIDTH
 
 
+def test_the_selector_alone_learns_and_the_llm_stays(
+    student: Student, lessons: Lessons, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    schedule = Schedule(steps=1, learning_rate=1e-3)
+    recipe = Recipe(
+        "selector", schedule, seed=0, method="omnisift", retain=(0.25,), exploration=0.1
+    )
+    run_stage(student, lessons, recipe, tmp_path / "run", device=CPU, workers=0)
+    after = student.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("selector.") for name in changed)
+    # What a scene's losses are multiplied with are its own chunks: they follow one another.
+    plan = Trainer(student, lessons, recipe, CPU)._plan(6, 2, shares_for(0.25))
+    assert plan.audio is not None
+    first = plan.audio.audio[:, 0]
+    assert len(first) == 2 * 3
+    assert (first.diff() > 0).all()
+
+
 def test_lessons_repeat_and_do_not_share_scenes(lessons: Lessons) -> None:
     again = lessons[1]
     assert torch.equal(again.ids, lessons[1].ids)
