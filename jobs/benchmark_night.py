@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import cache_keys, key_index, keys, rows
-from pipeline.answers import AnswerIndex, commit
+from pipeline.answer_index import AnswerIndex
+from pipeline.answers import commit
 from pipeline.config import CaptionConfig, StorageConfig
 from pipeline.gone_videos import RollCall, known_videos, settle
 from pipeline.stages.source import list_work

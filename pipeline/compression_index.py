@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.answers import AnswerIndex, Ask
+from pipeline.answer_index import AnswerIndex, Ask
 from pipeline.token_cache import CacheIndex
 
 

@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import key_index, keys, rows, token_cache
-from pipeline.answers import SEEN_VIDEOS, find_files
+from pipeline.answer_index import SEEN_VIDEOS
+from pipeline.answers import find_files
 from pipeline.parquet import UNREADABLE, read_columns, read_each
 from pipeline.readers_view import DELETED, objects
 from pipeline.spilled_rows import SpilledRows

@@ -89,6 +89,7 @@ class KeyIndex:
         if len(self) <= 3 * IN_MEMORY:
             file.seek(0)
             self._stored = np.fromfile(file, _STORED)
+            file.close()
         else:
             self._file = file
 

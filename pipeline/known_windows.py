@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.answers import ask_of
+from pipeline.answer_index import ask_of
 from pipeline.compression_index import Done
 from pipeline.keys import window_key
 from pipeline.token_cache import CacheIndex, Location

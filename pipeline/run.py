@@ -14,7 +14,8 @@ from ray.data import DataContext, Dataset
 from omnisift.checkpoint import CheckpointError, SelectorWeights, read_selector, resolve
 from omnisift.methods import METHODS
 from pipeline import token_cache
-from pipeline.answers import AnswerIndex, commit
+from pipeline.answer_index import AnswerIndex
+from pipeline.answers import commit
 from pipeline.compression_index import CompressionIndex
 from pipeline.config import CaptionConfig
 from pipeline.errors import StartupError

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import keys, rows
-from pipeline.answers import ask_of
+from pipeline.answer_index import ask_of
 from pipeline.boundary import BoundaryError, Roots, roots_of, shown
 from pipeline.compression_index import Done
 from pipeline.config import CaptionConfig

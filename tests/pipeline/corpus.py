@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import keys, rows, token_cache
-from pipeline.answers import AnswerIndex, commit, read_answers
+from pipeline.answer_index import AnswerIndex
+from pipeline.answers import commit, read_answers
 from pipeline.config import AnswerConfig, CaptionConfig, StorageConfig
 from pipeline.gone_videos import RollCall, bury_tokens, hide_answers, known_videos, settle
 from pipeline.manifest import is_manifest

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import key_index, rows, spilled_rows
-from pipeline.answers import COMMITTED, AnswerIndex, commit, find_files, read_answers
+from pipeline.answer_index import AnswerIndex
+from pipeline.answers import COMMITTED, commit, find_files, read_answers
 from pipeline.config import StorageConfig
 from pipeline.errors import StartupError
 from pipeline.storage import Storage

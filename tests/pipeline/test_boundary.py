@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import rows
-from pipeline.answers import AnswerIndex
+from pipeline.answer_index import AnswerIndex
 from pipeline.boundary import BoundaryError, Roots, roots_of
 from pipeline.config import (
     CaptionConfig,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from jobs import compact
 from pipeline import keys, rows, token_cache
-from pipeline.answers import AnswerIndex, commit, find_files, read_answers
+from pipeline.answer_index import AnswerIndex
+from pipeline.answers import commit, find_files, read_answers
 from pipeline.compact_answers import compact_answers
 from pipeline.compact_cache import Compaction, compact_cache
 from pipeline.config import StorageConfig

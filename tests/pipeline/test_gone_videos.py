@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline import rows
-from pipeline.answers import AnswerIndex, list_output, read_answers
+from pipeline.answer_index import AnswerIndex
+from pipeline.answers import list_output, read_answers
 from pipeline.compact_answers import compact_answers
 from pipeline.compact_cache import compact_cache
 from pipeline.config import AnswerConfig, ListingConfig, SyncConfig

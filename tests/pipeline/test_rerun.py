@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from jobs import show_answers
-from pipeline.answers import AnswerIndex, list_output, read_answers
+from pipeline.answer_index import AnswerIndex
+from pipeline.answers import list_output, read_answers
 from pipeline.config import AnswerConfig, StorageConfig
 from pipeline.errors import StartupError
 from pipeline.storage import Storage, join

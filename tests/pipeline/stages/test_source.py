@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import key_index, keys, rows, spilled_rows
-from pipeline.answers import AnswerIndex
+from pipeline.answer_index import AnswerIndex
 from pipeline.config import CaptionConfig, ListingConfig, MediaConfig, StorageConfig
 from pipeline.errors import StartupError
 from pipeline.gone_videos import RollCall, known_videos
