@@ -19,7 +19,10 @@ import torch
 JOBS = Path(__file__).parent
 PARTS = ("backbones", "methods", "evaluate")
 SHARES = ("0.35", "0.25", "0.15", "0.10")
-_OMNISIFT = ("--exploration", "0.1", "--selector-steps", "100", "--selector-rate", "0.05")
+_OMNISIFT = (
+    *("--selector-steps", "100", "--selector-alone-rate", "3e-4"),
+    *("--exploration", "0.1", "--selector-rate", "0.05"),
+)
 
 
 class Run(NamedTuple):
