@@ -322,8 +322,10 @@ def measure(folder: Path, sizes: Sizes) -> None:
     ):
         result = compress_corpus(config)
     print(render(result))
-    waited = f"{held_s[0]:.0f} s behind the first" if held_s else "none: there is but one"
-    print(f"decoding actors held back: {waited}")
+    if held_s:
+        print(
+            f"decoding actors held back until the first tokens came: all but one, {held_s[0]:.0f} s"
+        )
     # What the decoders deliver first comes all at once, and at the end nothing follows.
     edge = min(pools.decode.actors + sizes.batch, sizes.videos // 4)
     report_middle(config, result, middle_of(config, edge), samples, table)

@@ -20,7 +20,7 @@ class _Holder:
 def held_cpus(cpus: float, until: Callable[[], bool]) -> Iterator[list[float]]:
     """Take CPUs for as long as `until()` is false, at most while the block runs.
 
-    Gives the seconds for which they were held, in a list that is empty until then.
+    Gives a list for the seconds after which `until()` was true: empty if the block ends first.
     """
     held_s: list[float] = []
     if cpus <= 0:
@@ -31,10 +31,11 @@ def held_cpus(cpus: float, until: Callable[[], bool]) -> Iterator[list[float]]:
     start, over = time.monotonic(), threading.Event()
 
     def release() -> None:
-        while not over.wait(_EVERY_S) and not until():
-            pass
+        while not over.wait(_EVERY_S):
+            if until():
+                held_s.append(time.monotonic() - start)
+                break
         ray.kill(holder)
-        held_s.append(time.monotonic() - start)
 
     thread = threading.Thread(target=release)
     thread.start()

@@ -33,6 +33,4 @@ def test_the_quick_benchmark_measures_each_stage_and_the_flow(
     assert list(busy) == [f"{stage}: busy in the middle" for stage in stages]
     assert all(int(text.split("%")[0]) > 0 for text in busy.values())
     assert "done in this run                    4" in report
-    [held_s] = re.findall(r"decoding actors held back: (\d+) s behind the first", report)
-    [run_s] = re.findall(r"took ([\d.]+) s", report)
-    assert float(held_s) < float(run_s)
+    assert re.search(r"held back until the first tokens came: all but one, [1-9]\d* s", report)
