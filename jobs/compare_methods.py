@@ -21,7 +21,7 @@ PARTS = ("backbones", "methods", "evaluate")
 SHARES = ("0.35", "0.25", "0.15", "0.10")
 _OMNISIFT = (
     *("--selector-steps", "100", "--selector-alone-rate", "3e-4"),
-    *("--exploration", "0.1", "--selector-rate", "0.05"),
+    *("--exploration", "0.1", "--selector-rate", "0.01"),
 )
 
 
