@@ -1,15 +1,13 @@
 """Measure the key index of a token cache: `python jobs/benchmark_index.py [--keys 100000 ...]`.
 
-A cache as compaction leaves it is made in a temporary folder (50 bytes of disk a key), with 256
-videos a part file. Its part files are empty: with a key file none is opened. Measured is a process
-of its own, which loads the index and looks every key up. `--parts` also writes true part files
-(2.4 KB a key) and loads the index from their footers, as before the first compaction.
+A cache as compaction leaves it, but for its part files' content, is made in a temporary folder (50
+bytes of disk a key). Measured is a process of its own, which loads the index and looks every key
+up. `--parts` also writes true part files (2.4 KB a key) and loads the index from their footers, as
+before the first compaction.
 """
 
 import argparse
-import multiprocessing
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,10 +18,11 @@ import numpy as np
 from pipeline import cache_keys, key_index, rows, token_cache
 from pipeline.config import StorageConfig
 from pipeline.storage import Storage
+from pipeline.testing.empty_parts import KEYS_A_PART, write_empty_parts
+from pipeline.testing.own_process import in_own_process, peak_memory_gib
 from pipeline.token_cache import CacheIndex
 
 STORAGE = Storage(StorageConfig())
-VIDEOS_A_FILE = 256  # of 1 MB of tokens each in files of 256 MB
 LOOKED_UP_AT_ONCE = 8192  # as the work list does
 BLOCK = cache_keys.KEYS_A_FILE
 RUN_ID = "20260101T000000Z-00000000"
@@ -46,13 +45,7 @@ def make_compacted(folder: Path, count: int) -> None:
     """Write key files for `count` keys, and part files without content."""
     folder.mkdir()
     for block, keys in enumerate(random_keys(count)):
-        files = []
-        for start in range(0, len(keys), VIDEOS_A_FILE):
-            uri = folder / f"part-{RUN_ID}-{block:016x}{start:016x}.parquet"
-            uri.touch()
-            part = keys[start : start + VIDEOS_A_FILE]
-            files.append((str(uri), (part, np.arange(start, start + len(part), dtype=np.int64))))
-        cache_keys.write_keys(STORAGE, str(folder), files)
+        write_empty_parts(STORAGE, folder, RUN_ID, keys, first=block * BLOCK)
 
 
 def make_parts(folder: Path, count: int) -> None:
@@ -67,10 +60,10 @@ def make_parts(folder: Path, count: int) -> None:
         "kept_index": [0, 1],
     }
     keys = [key for block in random_keys(count) for key in in_hex(block)]
-    for start in range(0, count, VIDEOS_A_FILE):
+    for start in range(0, count, KEYS_A_PART):
         kept = [
             {**video, "video_key": key, "uri": f"s3://bucket/videos/{key[:16]}.mp4"}
-            for key in keys[start : start + VIDEOS_A_FILE]
+            for key in keys[start : start + KEYS_A_PART]
         ]
         token_cache.write_part(STORAGE, str(folder), RUN_ID, rows.build(kept, rows.KEPT))
 
@@ -89,11 +82,10 @@ def measure(folder: Path, count: int, name: str) -> None:
     find_s = time.perf_counter() - start
     if found != count:
         raise RuntimeError(f"{found} of {count} keys were found")
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"| {count:,} | {name} | {load_s:.1f} s | {find_s:.1f} s | {load_s + find_s:.1f} s | "
         f"{time.process_time() - cpu_start:.1f} s | "
-        f"{most:.2f} GiB |",
+        f"{peak_memory_gib():.2f} GiB |",
         flush=True,
     )
 
@@ -107,7 +99,6 @@ def main() -> None:
     print(f"{platform.machine()}, Python {platform.python_version()}\n")
     print("| keys | read from | load | look all up | together | of CPU | peak memory |")
     print("|---|---|---|---|---|---|---|")
-    spawn = multiprocessing.get_context("spawn")
     for make, counts, name in (
         (make_parts, options.parts, "part files"),
         (make_compacted, options.keys, "key files"),
@@ -116,11 +107,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary) / "cache"
                 make(folder, count)
-                child = spawn.Process(target=measure, args=(folder, count, name))
-                child.start()
-                child.join()
-                if child.exitcode:
-                    raise RuntimeError(f"the measurement ended with {child.exitcode}")
+                in_own_process(measure, folder, count, name)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ benchmark_index.py), is turned into a work list without rows, in a process of it
 """
 
 import argparse
-import multiprocessing
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,18 +16,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import cache_keys, key_index, keys, rows
+from pipeline import key_index, keys, rows
 from pipeline.answer_index import AnswerIndex
 from pipeline.answers import commit
 from pipeline.config import CaptionConfig, StorageConfig
 from pipeline.gone_videos import RollCall, known_videos, settle
 from pipeline.stages.source import list_work
 from pipeline.storage import ObjectInfo, Storage
+from pipeline.testing.empty_parts import write_empty_parts
+from pipeline.testing.own_process import in_own_process, peak_memory_gib
 from pipeline.token_cache import CacheIndex
 
 SOURCE = "s3://bucket/videos"
 RUN_ID = "20260101T000000Z-00000000"
-VIDEOS_A_FILE = 256  # of the cache
 BLOCK = 1 << 18  # videos of an answers file
 
 
@@ -77,14 +76,8 @@ def make_night(output: Path, count: int) -> None:
                 for field in schema
             ]
             pq.write_table(pa.table(own, schema), run / f"{kind}-{start:012d}.parquet")
-        files = []
         cached = key_index.from_hex(video_keys)
-        for first in range(0, len(cached), VIDEOS_A_FILE):
-            uri = cache / f"part-{RUN_ID}-{start + first:032x}.parquet"
-            uri.touch()
-            part = cached[first : first + VIDEOS_A_FILE]
-            files.append((str(uri), (part, np.zeros(len(part), np.int64))))
-        cache_keys.write_keys(storage, str(cache), files)
+        write_empty_parts(storage, cache, RUN_ID, cached, first=start)
     commit(storage, str(output), RUN_ID)
 
 
@@ -109,11 +102,8 @@ def measure(output: Path, count: int) -> None:
     spent = " | ".join(
         f"{seconds:.1f} s" for seconds in [*np.diff(moments), moments[-1] - moments[0]]
     )
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"| {count:,} | {spent} | {time.process_time() - cpu_start:.1f} s | {most:.2f} GiB |",
-        flush=True,
-    )
+    cpu_s = time.process_time() - cpu_start
+    print(f"| {count:,} | {spent} | {cpu_s:.1f} s | {peak_memory_gib():.2f} GiB |", flush=True)
 
 
 def main() -> None:
@@ -124,16 +114,11 @@ def main() -> None:
     print(f"{platform.machine()}, Python {platform.python_version()}\n")
     print("| videos | answers | cache | who is known | listing | together | of CPU | peak memory |")
     print("|---|---|---|---|---|---|---|---|")
-    spawn = multiprocessing.get_context("spawn")
     for count in options.videos:
         with tempfile.TemporaryDirectory() as temporary:
             output = Path(temporary) / "output"
             make_night(output, count)
-            child = spawn.Process(target=measure, args=(output, count))
-            child.start()
-            child.join()
-            if child.exitcode:
-                raise RuntimeError(f"the measurement ended with {child.exitcode}")
+            in_own_process(measure, output, count)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +44,7 @@ from pipeline.stages.decode import Decode
 from pipeline.storage import Storage, join
 from pipeline.testing.clips import encode, repeat
 from pipeline.testing.held_cpus import held_cpus
+from pipeline.testing.thread_beside import thread_beside
 
 
 @dataclass(frozen=True)
@@ -170,29 +171,29 @@ def cache_alone(kept: pa.Table, run: Settings, actors: int, table: Table) -> Non
 def watched_gpu() -> Iterator[list[tuple[float, int]]]:
     """Note how busy the GPU is, as (time, percent), a few times a second; nothing without one."""
     samples: list[tuple[float, int]] = []
-    over = threading.Event()
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         while not over.wait(0.2):
             samples.append((time.time(), torch.cuda.utilization(0)))
 
-    thread = threading.Thread(target=watch)
     known = torch.cuda.is_available() and find_spec("pynvml") is not None
-    if known:
-        thread.start()
-    try:
+    with thread_beside(watch) if known else nullcontext():
         yield samples
-    finally:
-        over.set()
-        if known:
-            thread.join()
 
 
 def cpus_to_hold(pools: Pools) -> float:
-    """Return how many CPUs leave room for all other stages and one decoding actor, not for two."""
-    others = (pools.compress, pools.write_cache, pools.sink)
+    """Return how many CPUs leave room for all other stages and one decoding actor, not for two.
+
+    Raises RuntimeError where there is no such number: with several GPUs.
+    """
+    others = sum(p.actors * p.cpus for p in (pools.compress, pools.write_cache, pools.sink))
     # Decoding actors are started first: a second one would take the room of the other stages.
-    assert sum(pool.actors * pool.cpus for pool in others) < 0.8 * pools.decode.cpus, others
+    if others >= 0.8 * pools.decode.cpus:
+        raise RuntimeError(
+            f"the actors of compressing, cache and sink take {others:g} CPUs, which must be below "
+            f"0.8 of a decoding actor's {pools.decode.cpus:g} for decoding to be held back; "
+            "let the benchmark see one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
     if pools.decode.actors == 1:
         return 0.0
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -299,6 +300,7 @@ def measure(folder: Path, sizes: Sizes) -> None:
     start_ray()
     configure_ray_data()
     pools = size_pools(config.pools, answers=False)
+    held = cpus_to_hold(pools)
     model = Path(config.model)
     run = make_settings(
         config, model, read_selector(model, ""), uses_gpu=pools.uses_gpu, answers=False
@@ -318,7 +320,7 @@ def measure(folder: Path, sizes: Sizes) -> None:
     progress("all together")
     with (
         watched_gpu() as samples,
-        held_cpus(cpus_to_hold(pools), lambda: has_tokens(config)) as held_s,
+        held_cpus(held, lambda: has_tokens(config)) as held_s,
     ):
         result = compress_corpus(config)
     print(render(result))

@@ -9,24 +9,22 @@ count no more, and they are deleted when nobody can still be reading them.
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 
 import pyarrow as pa
 
 from pipeline import rows
 from pipeline.errors import StartupError
 from pipeline.keys import plain
-from pipeline.parquet import count_rows, read_columns
+from pipeline.parquet import count_rows, read_columns, read_each
 from pipeline.readers_view import seen_by_readers
 from pipeline.storage import Storage, StorageError, join
 
 log = logging.getLogger(__name__)
 
 COMMITTED = "_COMMITTED"
-
-_READERS = 32  # files read at the same time: the wait is for the object store
 
 
 @dataclass(frozen=True)
@@ -125,10 +123,7 @@ def commit(
     folder = join(output, run_id)
     own = find_run_files(storage, folder)
     files = [*own, *(uri for uri in orphans if uri not in own)]
-    with ThreadPoolExecutor(_READERS) as pool:
-        lengths = dict(
-            zip(files, pool.map(lambda uri: count_rows(storage, uri), files), strict=True)
-        )
+    lengths = dict(read_each(files, partial(count_rows, storage)))
     answers = [uri for uri in files if is_answers(uri)]
 
     def relative(uri: str) -> str:
@@ -177,8 +172,6 @@ def read_answers(output: str, storage: Storage, *, committed_only: bool = True) 
     files = find_files(output, storage)
     uris = [*files.committed, *(() if committed_only else files.orphans)]
     uris = [uri for uri in uris if is_answers(uri)]
-    with ThreadPoolExecutor(_READERS) as pool:
-        read = pool.map(lambda uri: read_columns(storage, uri, rows.ANSWERS.names), uris)
-        tables = (rows.completed(table, rows.ANSWERS.names, rows.ANSWERS) for table in read)
-        table = pa.concat_tables([rows.ANSWERS.empty_table(), *tables])
-    return seen_by_readers(table)
+    read = read_each(uris, partial(read_columns, storage, columns=rows.ANSWERS.names))
+    tables = (rows.completed(table, rows.ANSWERS.names, rows.ANSWERS) for _, table in read)
+    return seen_by_readers(pa.concat_tables([rows.ANSWERS.empty_table(), *tables]))

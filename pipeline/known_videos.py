@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -11,12 +11,11 @@ import pyarrow.compute as pc
 
 from pipeline import keys, rows
 from pipeline.answers import find_files
-from pipeline.parquet import UNREADABLE, read_columns
+from pipeline.parquet import UNREADABLE, read_columns, read_each
 from pipeline.storage import S3, ObjectInfo, Storage, StorageError
 from pipeline.token_cache import CacheIndex
 
 _PROBES = 64  # requests in flight: a probe is all latency
-_READERS = 32
 _COLUMNS = ("video_key", "object_key", "uri", "size_bytes", "etag")
 
 
@@ -69,8 +68,8 @@ def _listed(storage: Storage, output: str, video_keys: Sequence[str]) -> dict[st
 
     uris = [uri for uri in (*files.committed, *files.orphans) if "/videos-" in uri]
     known: dict[str, _Known] = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        for row in chain.from_iterable(pool.map(read, sorted(uris))):
+    for _, some in read_each(sorted(uris), read):
+        for row in some:
             key = row["object_key"] or row["video_key"]
             video = _Known(row["uri"], row["size_bytes"], row["etag"] or "", key)
             known |= {row["video_key"]: video, key: video}

@@ -6,6 +6,7 @@ a learning rate of 1e-5 an update is far below its last bit.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -31,8 +32,12 @@ def shard(loss: PrunedLoss) -> None:
         fully_shard(layer.float(), mesh=mesh, mp_policy=policy)
     loss.language_model.float()
     loss.lm_head.float()
+    # A batch is media, not activations: sound in bfloat16 would be noisy before it is heard.
     fully_shard(
-        loss, mesh=mesh, mp_policy=policy, ignored_params=set(loss.selector.float().parameters())
+        loss,
+        mesh=mesh,
+        mp_policy=replace(policy, cast_forward_inputs=False),
+        ignored_params=set(loss.selector.float().parameters()),
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import ray
 
+from pipeline.testing.thread_beside import thread_beside
+
 _EVERY_S = 0.1
 
 
@@ -28,19 +30,14 @@ def held_cpus(cpus: float, until: Callable[[], bool]) -> Iterator[list[float]]:
         return
     holder: Any = ray.remote(_Holder).options(num_cpus=cpus).remote()
     ray.get(holder.ready.remote())
-    start, over = time.monotonic(), threading.Event()
+    start = time.monotonic()
 
-    def release() -> None:
+    def release(over: threading.Event) -> None:
         while not over.wait(_EVERY_S):
             if until():
                 held_s.append(time.monotonic() - start)
                 break
         ray.kill(holder)
 
-    thread = threading.Thread(target=release)
-    thread.start()
-    try:
+    with thread_beside(release):
         yield held_s
-    finally:
-        over.set()
-        thread.join()

@@ -25,6 +25,7 @@ from pipeline.config import (
 from pipeline.retry import COSTLY, FINAL
 from pipeline.run import caption_corpus
 from pipeline.storage import Storage
+from pipeline.testing.thread_beside import thread_beside
 from tests.chaos.mutations import mutations, seeds
 
 pytestmark = pytest.mark.slow
@@ -64,19 +65,14 @@ def _parent(entry: Path) -> int:
 @contextmanager
 def watch(marker: str) -> Iterator[Processes]:
     """Look at the processes twice a second until the block ends."""
-    seen, over = Processes(), threading.Event()
+    seen = Processes()
 
-    def run() -> None:
+    def look(over: threading.Event) -> None:
         while not over.wait(0.5):
             seen.look(marker)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    with thread_beside(look):
         yield seen
-    finally:
-        over.set()
-        thread.join()
 
 
 def test_broken_media_cost_no_worker_and_no_row(

@@ -4,6 +4,8 @@ import pytest
 import ray
 
 from jobs import benchmark_pipeline
+from pipeline.config import PoolsConfig
+from pipeline.pools import size_pools
 
 
 def test_the_quick_benchmark_measures_each_stage_and_the_flow(
@@ -34,3 +36,19 @@ def test_the_quick_benchmark_measures_each_stage_and_the_flow(
     assert all(int(text.split("%")[0]) > 0 for text in busy.values())
     assert "done in this run                    4" in report
     assert re.search(r"held back until the first tokens came: all but one, [1-9]\d* s", report)
+
+
+@pytest.mark.parametrize(("gpus", "fits"), [(0, True), (1, True), (2, False)])
+def test_decoding_is_held_back_only_where_the_other_stages_leave_no_second_decoding_actor(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, fits: bool
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": float(gpus)})
+    pools = size_pools(PoolsConfig(), answers=False)
+    if not fits:
+        with pytest.raises(RuntimeError, match=r"take 1 CPUs.* below 0.8 .*CUDA_VISIBLE_DEVICES=0"):
+            benchmark_pipeline.cpus_to_hold(pools)
+        return
+    left = 16 - benchmark_pipeline.cpus_to_hold(pools)
+    others = (pools.compress, pools.write_cache, pools.sink)
+    needed = sum(pool.actors * pool.cpus for pool in others)
+    assert needed + 1 <= left < 2

@@ -203,6 +203,19 @@ some_answers = st.lists(
 )
 
 
+def _write_drawn(
+    output: Path, drawn: list[tuple[str, str, str | None, int]], cut: int
+) -> list[dict[str, Any]]:
+    """Write what was drawn, named by its place, as two runs; return it."""
+    answers = [
+        _answer(key, prompt, str(n), at=at, status="failed" if stage else "ok", error_stage=stage)
+        for n, (key, prompt, stage, at) in enumerate(drawn)
+    ]
+    _write(output, "run-1", answers[:cut])
+    _write(output, "run-2", answers[cut:])
+    return answers
+
+
 @settings(max_examples=100, deadline=None)
 @given(some_answers, st.integers(0, 10))
 def test_readers_see_what_a_slow_reader_sees(
@@ -211,19 +224,7 @@ def test_readers_see_what_a_slow_reader_sees(
     cut: int,
 ) -> None:
     output = tmp_path_factory.mktemp("output")
-    answers = [
-        _answer(
-            key,
-            prompt,
-            str(n),
-            at=at,
-            status="failed" if stage else "ok",
-            error_stage=stage,
-        )
-        for n, (key, prompt, stage, at) in enumerate(drawn)
-    ]
-    _write(output, "run-1", answers[:cut])
-    _write(output, "run-2", answers[cut:])
+    answers = _write_drawn(output, drawn, cut)
     found = read_answers(str(output), STORAGE, committed_only=False).to_pylist()
     seen = sorted((row["video_key"], row["prompt_id"], row["text"]) for row in found)
     assert seen == _oracle(answers)
@@ -238,17 +239,7 @@ def test_answers_in_partitions_are_those_that_a_slow_reader_sees(
     in_memory: int,
 ) -> None:
     output = tmp_path_factory.mktemp("output")
-    answers = [
-        _answer(
-            *(key, prompt, str(n)),
-            at=at,
-            status="failed" if stage else "ok",
-            error_stage=stage,
-        )
-        for n, (key, prompt, stage, at) in enumerate(drawn)
-    ]
-    _write(output, "run-1", answers[:cut])
-    _write(output, "run-2", answers[cut:])
+    answers = _write_drawn(output, drawn, cut)
     with (
         mock.patch.object(spilled_rows, "IN_MEMORY", in_memory),
         mock.patch.object(key_index, "IN_MEMORY", in_memory),

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -138,8 +138,18 @@ def test_a_sharded_run_resumes_exactly(model: Path, runs: dict[int, Path], tmp_p
 
 
 @pytest.mark.usefixtures("alone")
-def test_bfloat16_computes_and_float32_learns(model: Path, tmp_path: Path) -> None:
-    """As on a GPU: updates far below a bfloat16 weight's last bit are not lost."""
+def test_bfloat16_computes_and_float32_learns(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: updates far below a bfloat16 weight's last bit are not lost, nor is sound."""
+    heard: list[torch.Tensor] = []
+    encode_audio = Backbone.encode_audio
+
+    def listen(self: Backbone, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        heard.extend(waveforms)
+        return encode_audio(self, waveforms)
+
+    monkeypatch.setattr(Backbone, "encode_audio", listen)
     backbone = load_backbone(model)
     backbone = Backbone(backbone.model.to(torch.bfloat16))
     selector = build_selector(read_selector(model), backbone.width, seed=1)
@@ -163,6 +173,8 @@ def test_bfloat16_computes_and_float32_learns(model: Path, tmp_path: Path) -> No
         checkpoint_every=3,
     )
     assert set(computed) == {torch.bfloat16}
+    assert len(heard) == 3
+    assert all(torch.equal(waveform, one.clip.audio) for waveform in heard)
     assert {p.dtype for p in loss.trained().values()} == {torch.float32}
     name = "thinker.model.layers.0.mlp.up_proj.weight"
     old, new = before[name].detach(), _sharded(loss)[name].full_tensor().detach()
