@@ -91,8 +91,8 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where the runs are kept")
-    parser.add_argument("--backbone-steps", type=int, default=1600)
-    parser.add_argument("--steps", type=int, default=700, help="of a run of the second stage")
+    parser.add_argument("--backbone-steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=850, help="of a run of the second stage")
     parser.add_argument("--grids", type=int, default=720, help="seconds of video a step")
     parser.add_argument("--at-once", type=int, default=3, help="runs of the second stage a GPU")
     parser.add_argument("--workers", type=int, default=4, help="that draw scenes for each run")
