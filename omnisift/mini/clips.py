@@ -9,12 +9,11 @@ import torch
 
 from omnisift.media import SAMPLE_RATE
 from omnisift.mini.pictures import draw, plan_pictures
-from omnisift.mini.sounds import plan_sounds, render
+from omnisift.mini.sounds import AAC_FRAME, plan_sounds, render
 from omnisift.mini.world import Scene
 
 _FPS = 12  # of which the pipeline samples every sixth
 _SIDE = 280  # larger than what the model reads: the decode stage has something to scale
-_AAC_FRAME = 1024
 
 
 def write_clip(path: Path, scene: Scene) -> Path:
@@ -34,8 +33,8 @@ def write_clip(path: Path, scene: Scene) -> Path:
             for frame in (frames[0] * 255).round().byte().permute(0, 2, 3, 1).numpy():
                 container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(video.encode())
-        for start in range(0, len(wave), _AAC_FRAME):
-            piece = np.ascontiguousarray(wave[None, start : start + _AAC_FRAME])
+        for start in range(0, len(wave), AAC_FRAME):
+            piece = np.ascontiguousarray(wave[None, start : start + AAC_FRAME])
             sound = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
             sound.sample_rate, sound.pts = SAMPLE_RATE, start
             sound.time_base = Fraction(1, SAMPLE_RATE)

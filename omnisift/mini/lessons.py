@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from omnisift.mini.pictures import ScenePlan, plan_pictures
 from omnisift.mini.questions import CAPTION_PROMPTS, KINDS, Question, caption, draw_questions
-from omnisift.mini.sounds import SoundPlan, plan_sounds
+from omnisift.mini.sounds import AAC_FRAME, SoundPlan, plan_sounds
 from omnisift.mini.world import Scene, draw_scene
 from omnisift.prompts import PromptText
 
@@ -31,6 +31,7 @@ class Lesson(NamedTuple):
     """A batch."""
 
     duration_s: int
+    tail_samples: int  # that the sound goes on behind the scenes' end, as a codec leaves it
     pictures: ScenePlan
     sounds: SoundPlan
     ids: Tensor  # [B, S] questions and answers
@@ -105,7 +106,10 @@ class Lessons(Dataset[Lesson]):
             for index, sound in enumerate(scene.sounds):
                 events[row, index] = -1 if sound.event is None else sound.event
         keys = [f"{self.seed}/{first + row}" for row in range(number)]
-        return Lesson(duration_s, plan_pictures(scenes), sounds, ids, targets, kinds, events, keys)
+        # Files whose sound is no multiple of AAC's frames decode to more than the scene.
+        tail_samples = int(chance.integers(1, AAC_FRAME)) if chance.random() < 0.5 else 0
+        pictures = plan_pictures(scenes)
+        return Lesson(duration_s, tail_samples, pictures, sounds, ids, targets, kinds, events, keys)
 
     def _row(self, scene: Scene, chance: np.random.Generator) -> list[np.ndarray[Any, Any]]:
         lengths = self.slots.lengths

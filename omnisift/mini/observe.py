@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omnisift.layout import num_audio_tokens
 from omnisift.media import FACTOR, log_mel
 from omnisift.mini.fused import fused
 from omnisift.mini.pictures import ScenePlan, draw
-from omnisift.mini.sounds import TOKENS_PER_SECOND, SoundPlan, heard, render
+from omnisift.mini.sounds import AAC_FRAME, SoundPlan, heard, render
 from omnisift.mini.world import ACTION_S, ACTIONS
 
 FPS = 2
@@ -30,20 +31,33 @@ class Seen(NamedTuple):
     sound: Tensor  # [B, A] index of the sound of each audio token, -1 for none
 
 
-def observe(pictures: ScenePlan, sounds: SoundPlan, duration_s: int, *, rough: bool) -> Seen:
-    """Draw and sound a lesson; `rough` adds what codecs, cameras and microphones do."""
+def observe(
+    pictures: ScenePlan,
+    sounds: SoundPlan,
+    duration_s: int,
+    *,
+    rough: bool,
+    tail_samples: int = 0,
+) -> Seen:
+    """Draw and sound a lesson; `rough` adds what codecs, cameras and microphones do.
+
+    The sound goes on for `tail_samples` behind the end, as a codec leaves it: nothing sounds there.
+    """
     device = pictures.radius.device
     times = torch.arange(duration_s * FPS, device=device) / FPS
     frames, owner = draw(pictures, times)
     wave = render(sounds, duration_s)
     if rough:
         frames, wave = _roughen_frames(frames), _roughen_wave(wave)
+    if tail_samples:
+        wave = torch.cat([wave, _tail(wave, tail_samples)], dim=1)
+    mel = log_mel(wave)
     return Seen(
         frames,
-        log_mel(wave),
+        mel,
         _token_owner(owner, pictures.radius.shape[1]),
         _grid_action(pictures, times),
-        heard(sounds, duration_s * TOKENS_PER_SECOND),
+        heard(sounds, num_audio_tokens(mel.shape[-1])),
     )
 
 
@@ -80,6 +94,13 @@ def _roughen_wave(wave: Tensor) -> Tensor:
     soft = 0.5 * torch.rand(batch, 1, device=device)
     wave = (1 - soft) * wave + soft * F.pad(wave, (1, 0))[:, :-1]
     return wave * gain + floor * torch.randn_like(wave)
+
+
+def _tail(wave: Tensor, num_samples: int) -> Tensor:
+    last = wave[:, -AAC_FRAME:].square().mean(1, keepdim=True).sqrt()
+    # AAC at 64 kbit/s leaves .001 to .02 of how loud the last frame was.
+    trace = last * 10 ** (-3 + 1.3 * torch.rand_like(last))
+    return trace * torch.randn(len(wave), num_samples, device=wave.device)
 
 
 def _token_owner(owner: Tensor, num_things: int) -> Tensor:

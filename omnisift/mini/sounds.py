@@ -23,6 +23,7 @@ _NOTE_S = 0.25
 _MAX_NOTES = 80
 _SCALE = (0, 2, 4, 7, 9)  # pentatonic, in semitones
 TOKENS_PER_SECOND = 25
+AAC_FRAME = 1024  # samples
 
 
 class SoundPlan(NamedTuple):

@@ -2,11 +2,12 @@
 
 The same products as the stock forward (held against it by a test), but windows of all clips are
 rows of one batch. It presumes what the small model has: windows of 2x2 tokens that fill the frame
-and no block over the whole of it, sound that fills the audio windows.
+and no block over the whole of it.
 
 Shapes: B clips, G grids, n windows of a side, D width, d width of a head.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +111,6 @@ class AudioLayer(NamedTuple):
         )
 
 
-@fused
 def audio_layer(x: Tensor, w: AudioLayer, num_heads: int) -> Tensor:
     """Run a layer of the audio tower on windows [N, frames, D]."""
     h = F.layer_norm(x, x.shape[-1:], *w.norm1)
@@ -121,17 +121,33 @@ def audio_layer(x: Tensor, w: AudioLayer, num_heads: int) -> Tensor:
     return x + F.linear(F.gelu(F.linear(h, *w.up)), *w.down)
 
 
-def encode_mel(model: Any, mel: Tensor) -> Tensor:
-    """Return the audio tokens [B, F / 4, D] of a log-mel spectrogram [B, 128, F]."""
-    tower = inner(model).audio_tower
-    batch, bins, num_frames = mel.shape
-    window = 2 * tower.n_window
-    windows = mel.view(batch, bins, num_frames // window, window).transpose(1, 2)
-    x = F.gelu(tower.conv1(windows.reshape(-1, bins, window)))
+_fused_audio_layer = fused(audio_layer)
+
+
+def _encode_windows(
+    tower: Any, mel: Tensor, size: int, run_layer: Callable[[Tensor, AudioLayer, int], Tensor]
+) -> Tensor:
+    """Return the rows [B, T, D] of a spectrogram [B, 128, F] that windows of a size fill."""
+    batch, bins, _ = mel.shape
+    windows = mel.unflatten(-1, (-1, size)).transpose(1, 2)
+    x = F.gelu(tower.conv1(windows.reshape(-1, bins, size)))
     x = F.gelu(tower.conv2(x)).transpose(1, 2)
     x = x + tower.positional_embedding.positional_embedding[: x.shape[1]].to(x.dtype)
     for layer in tower.layers:
-        x = audio_layer(x, AudioLayer.of(layer), layer.self_attn.num_heads)
-    pooled = (x[:, 0::2] + x[:, 1::2]) / 2
+        x = run_layer(x, AudioLayer.of(layer), layer.self_attn.num_heads)
+    return x.reshape(batch, -1, x.shape[-1])
+
+
+def encode_mel(model: Any, mel: Tensor) -> Tensor:
+    """Return the audio tokens [B, A, D] of a log-mel spectrogram [B, 128, F]."""
+    tower = inner(model).audio_tower
+    window = 2 * tower.n_window
+    rest = mel.shape[-1] % window
+    whole = mel.shape[-1] - rest
+    x = _encode_windows(tower, mel[..., :whole], window, _fused_audio_layer)
+    if rest:
+        # One short window a clip, in many shapes: not worth compiling.
+        x = torch.cat([x, _encode_windows(tower, mel[..., whole:], rest, audio_layer)], dim=1)
+    pooled = (x[:, 0:-1:2] + x[:, 1::2]) / 2  # an odd last row makes no token
     tokens: Tensor = tower.proj(tower.ln_post(pooled))
-    return tokens.view(batch, num_frames // 4, -1)
+    return tokens

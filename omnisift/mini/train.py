@@ -70,7 +70,7 @@ class Recipe:
 
 
 class Clips(NamedTuple):
-    """The layout of clips of one length, on the device."""
+    """The layout of clips of one length and as much sound, on the device."""
 
     block: Block
     ids: Tensor  # [L]
@@ -79,7 +79,7 @@ class Clips(NamedTuple):
     audio: Tensor
 
 
-def lay_out(layout: ModelLayout, duration_s: int, device: torch.device) -> Clips:
+def lay_out(layout: ModelLayout, duration_s: int, audio_tokens: int, device: torch.device) -> Clips:
     """Lay out clips of the world."""
     block = place_block(
         layout,
@@ -87,7 +87,7 @@ def lay_out(layout: ModelLayout, duration_s: int, device: torch.device) -> Clips
         height=_SIDE_TOKENS,
         width=_SIDE_TOKENS,
         seconds_per_grid=2 / FPS,
-        audio_tokens=duration_s * TOKENS_PER_SECOND,
+        audio_tokens=audio_tokens,
     )
     video, audio = (
         np.flatnonzero(block.modality == kind) for kind in (Modality.VIDEO, Modality.AUDIO)
@@ -128,8 +128,8 @@ class Trainer:
         self.end = lessons.text.im_end
         self._positions = self._slot_positions()
         self._masks = lru_cache(maxsize=64)(lambda length: slot_mask(length, lessons.slots, device))
-        self._clips = lru_cache(maxsize=16)(
-            lambda duration_s: lay_out(self.layout, duration_s, device)
+        self._clips = lru_cache(maxsize=32)(
+            lambda duration_s, audio_tokens: lay_out(self.layout, duration_s, audio_tokens, device)
         )
         self._plans = lru_cache(maxsize=64)(self._plan)
 
@@ -142,14 +142,20 @@ class Trainer:
         recipe, student = self.recipe, self.student
         pictures, sounds = lesson.plans(self.device)
         with torch.no_grad():
-            seen = observe(pictures, sounds, lesson.duration_s, rough=True)
+            seen = observe(
+                pictures,
+                sounds,
+                lesson.duration_s,
+                rough=True,
+                tail_samples=lesson.tail_samples,
+            )
         wide = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
         frozen = nullcontext() if recipe.stage == "backbone" else torch.no_grad()
         with wide:
             with frozen:
                 video = towers.encode_frames(student.model, seen.frames).float()
                 audio = towers.encode_mel(student.model, seen.mel).float()
-            clips = self._clips(lesson.duration_s)
+            clips = self._clips(lesson.duration_s, audio.shape[1])
             embeds = place(student.model, clips, video, audio)
             if recipe.stage == "selector":
                 return self._selector_loss(lesson, seen, clips, embeds.detach())
@@ -203,8 +209,8 @@ class Trainer:
         deciders = DECIDERS.get(recipe.method)
         with torch.autocast(self.device.type, enabled=False):
             if deciders is not None and not deciders.by_chance:
-                # The plan is the same for all clips of a length: made once, not at each step.
-                plan = self._plans(lesson.duration_s, len(rows), shares)
+                # The plan is the same for all clips of a layout: made once, not at each step.
+                plan = self._plans(lesson.duration_s, len(clips.audio), len(rows), shares)
                 results = compress_planned(rows.unbind(), plan, selector)
             else:
                 ids = torch.from_numpy(clips.block.ids)
@@ -228,8 +234,10 @@ class Trainer:
             torch.stack([result.keep_mask for result in results]),
         )
 
-    def _plan(self, duration_s: int, number: int, shares: DropShares) -> CompressionPlan:
-        block = self._clips(duration_s).block
+    def _plan(
+        self, duration_s: int, audio_tokens: int, number: int, shares: DropShares
+    ) -> CompressionPlan:
+        block = self._clips(duration_s, audio_tokens).block
         layout = torch.from_numpy(block.ids), torch.from_numpy(block.positions)
         return plan_compression(
             [layout] * number,

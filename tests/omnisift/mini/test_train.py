@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
 from omnisift.compress import compress
-from omnisift.media import log_mel
+from omnisift.compressor import VideoCompressor
+from omnisift.media import SAMPLE_RATE, log_mel
 from omnisift.mini import towers
 from omnisift.mini.layers import GatedLayer, text_layer
 from omnisift.mini.lessons import IGNORED, Lesson, Lessons, Slots
@@ -34,9 +36,10 @@ from omnisift.mini.train import (
     run_stage,
     shares_for,
 )
-from omnisift.mini.world import draw_scene
+from omnisift.mini.world import NOISES, draw_scene
 from omnisift.prompts import PromptText
 from omnisift.training.loop import Schedule
+from pipeline.testing.scene_clips import decode_scene
 
 CPU = torch.device("cpu")
 SLOTS = Slots(questions=3, question_tokens=24, caption_tokens=60)
@@ -55,21 +58,32 @@ def student(tokenizer: PreTrainedTokenizerBase) -> Student:
 
 @pytest.fixture(scope="module")
 def lessons(tokenizer: PreTrainedTokenizerBase) -> Lessons:
-    return Lessons(PromptText(tokenizer, "Be brief."), seed=2, steps=4, grids=20, slots=SLOTS)
+    lessons = Lessons(PromptText(tokenizer, "Be brief."), seed=6, steps=4, grids=20, slots=SLOTS)
+    assert lessons[0].tail_samples > 320  # more than two mel frames: a token
+    return lessons
 
 
-def test_the_towers_in_batches_equal_the_stock_towers(student: Student) -> None:
+def test_frames_in_batches_equal_the_stock_tower(student: Student) -> None:
     scenes = [draw_scene(1, index, 6) for index in range(2)]
     frames, _ = draw(plan_pictures(scenes), torch.arange(12) / 2)
     pixels = (frames * 255).round().byte()
-    waves = render(plan_sounds(scenes), 6)
     stock = Backbone(student.model, towers="stock")
     video = towers.encode_frames(student.model, pixels.float() / 255).flatten(1, 2)
-    audio = towers.encode_mel(student.model, log_mel(waves))
     for row in range(2):
         [seen] = stock.encode_video([pixels[row].permute(0, 2, 3, 1)])
-        [heard] = stock.encode_audio([waves[row]])
         torch.testing.assert_close(video[row], seen, atol=2e-5, rtol=1e-4)
+
+
+# Of 0, 1, 3, 4 and 7 mel frames: as many as fill the windows, and rows with and without a pair.
+@pytest.mark.parametrize("tail_samples", [0, 1, 400, 512, 1023])
+def test_sound_in_batches_equals_the_stock_tower(student: Student, tail_samples: int) -> None:
+    waves = render(plan_sounds([draw_scene(1, index, 6) for index in range(2)]), 6)
+    torch.manual_seed(4)
+    waves = torch.cat([waves, 1e-3 * torch.randn(2, tail_samples)], dim=1)
+    stock = Backbone(student.model, towers="stock")
+    audio = towers.encode_mel(student.model, log_mel(waves))
+    for row in range(2):
+        [heard] = stock.encode_audio([waves[row]])
         torch.testing.assert_close(audio[row], heard, atol=2e-5, rtol=1e-4)
 
 
@@ -91,11 +105,15 @@ def slot_losses(
 ) -> tuple[float, float]:
     """Each slot of each scene on its own through transformers' forward: the slow oracle."""
     torch.manual_seed(3)
-    seen = observe(lesson.pictures, lesson.sounds, lesson.duration_s, rough=True)
+    seen = observe(
+        *(lesson.pictures, lesson.sounds, lesson.duration_s),
+        rough=True,
+        tail_samples=lesson.tail_samples,
+    )
     backbone = Backbone(student.model)
-    clips = lay_out(backbone.layout, lesson.duration_s, CPU)
     video = towers.encode_frames(student.model, seen.frames)
     audio = towers.encode_mel(student.model, seen.mel)
+    clips = lay_out(backbone.layout, lesson.duration_s, audio.shape[1], CPU)
     embeds = place(student.model, clips, video, audio)
     prefix = torch.tensor(lessons.text.before_video)
     embed = student.model.get_input_embeddings()
@@ -162,6 +180,33 @@ def test_the_loss_of_slots_side_by_side_is_that_of_each_alone(
     assert metrics["loss/caption"].item() == pytest.approx(told, rel=1e-4)
 
 
+def test_of_the_tail_training_says_that_nothing_sounds(student: Student, lessons: Lessons) -> None:
+    lesson = lessons[0]
+    recipe = Recipe("backbone", Schedule(steps=4, learning_rate=1e-3), seed=0)
+    torch.manual_seed(3)
+    _, metrics = Trainer(student, lessons, recipe, CPU).loss(lesson, 0.0)
+    torch.manual_seed(3)
+    seen = observe(
+        *(lesson.pictures, lesson.sounds, lesson.duration_s),
+        rough=True,
+        tail_samples=lesson.tail_samples,
+    )
+    logits = student.sound_head(towers.encode_mel(student.model, seen.mel))
+    silence = len(NOISES)
+    labels = torch.full(logits.shape[:2], silence)
+    assert labels.shape[1] == 25 * lesson.duration_s + 1
+    plan = lesson.sounds
+    columns = torch.stack([plan.noise, plan.start, plan.duration, plan.loudness], dim=-1)
+    for row, sounds in enumerate(columns.tolist()):
+        for noise, start, length, loudness in sounds:
+            for token in range(25 * lesson.duration_s):
+                inside = min(start + length, (token + 1) / 25) - max(start, token / 25)
+                if loudness and inside > 0.01:
+                    labels[row, token] = noise
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert metrics["loss/sound"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_a_stage_trains_what_it_should_and_nothing_else(
     student: Student, lessons: Lessons, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -205,7 +250,7 @@ def test_the_selector_alone_learns_and_the_llm_stays(
     assert changed
     assert all(name.startswith("selector.") for name in changed)
     # What a scene's losses are multiplied with are its own chunks: they follow one another.
-    plan = Trainer(student, lessons, recipe, CPU)._plan(6, 2, shares_for(0.25))
+    plan = Trainer(student, lessons, recipe, CPU)._plan(6, 152, 2, shares_for(0.25))
     assert plan.audio is not None
     first = plan.audio.audio[:, 0]
     assert len(first) == 2 * 3
@@ -221,6 +266,43 @@ def test_lessons_repeat_and_do_not_share_scenes(lessons: Lessons) -> None:
     for row, targets in zip(again.ids, again.targets, strict=True):
         told = (targets != IGNORED).nonzero().flatten()
         assert torch.equal(row[told[told < len(row) - 1] + 1], targets[told[told < len(row) - 1]])
+
+
+def test_the_sound_of_half_the_lessons_goes_on_as_a_codec_leaves_it(lessons: Lessons) -> None:
+    many = Lessons(lessons.text, seed=2, steps=200, grids=1, slots=SLOTS)
+    tails = [lesson.tail_samples for lesson in (many[step] for step in range(200))]
+    some = [tail for tail in tails if tail]
+    assert 80 < len(some) < 120
+    assert 1 <= min(some) < 100
+    assert 924 < max(some) <= 1023
+
+
+def test_training_lays_out_and_labels_what_a_file_decodes_to(student: Student) -> None:
+    scene = next(
+        scene
+        for scene in (draw_scene(1, index, 10) for index in range(20))
+        if scene.ambience == "noise"
+    )
+    clip = decode_scene(scene)
+    tail_samples = len(clip.audio) - 10 * SAMPLE_RATE
+    assert tail_samples == 768  # 157 frames of AAC
+    seen = observe(
+        *(plan_pictures([scene]), plan_sounds([scene]), 10), rough=True, tail_samples=tail_samples
+    )
+    backbone = Backbone(student.model)
+    clips = lay_out(backbone.layout, 10, seen.sound.shape[1], CPU)
+    block = VideoCompressor(backbone, student.selector, shares_for(1.0)).block_of(clip)
+    assert np.array_equal(clips.ids.numpy(), block.ids)
+    assert np.array_equal(clips.positions.numpy(), block.positions)
+    assert clips.block.next_position == block.next_position
+    assert len(clips.audio) == towers.encode_mel(student.model, seen.mel).shape[1] == 251
+    assert seen.sound[0, -1] == -1
+    # The tail is as quiet in training as the decoder's: both far below the noise before it.
+    decoded, trained = log_mel(clip.audio)[:, 1002:], seen.mel[0, :, 1002:]
+    before = log_mel(clip.audio)[:, 900:1000].mean()
+    for tail in (decoded, trained):
+        assert tail.mean() < before - 0.2
+    assert tail.shape == decoded.shape
 
 
 @pytest.mark.parametrize("retain", [0.1, 0.15, 0.25, 0.35])
