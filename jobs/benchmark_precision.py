@@ -20,9 +20,9 @@ from omnisift.codec import Codec
 from omnisift.compressor import KeptTokens, VideoCompressor
 from omnisift.engines.interface import AskedVideo, Question
 from omnisift.engines.vllm_engine import VllmEngine, VllmOptions
+from omnisift.mini.layouts import shares_for
 from omnisift.mini.questions import draw_questions
 from omnisift.mini.shipped import FOLDER, HELD_OUT_SEED
-from omnisift.mini.train import shares_for
 from omnisift.mini.world import draw_scene
 from omnisift.prompts import Sampling
 from pipeline.config import AnswerConfig

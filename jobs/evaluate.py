@@ -37,9 +37,9 @@ from omnisift.mini.evaluate import (
     score,
     what_tokens_carry,
 )
+from omnisift.mini.layouts import shares_for
 from omnisift.mini.questions import KINDS, draw_questions
 from omnisift.mini.shipped import FOLDER, HELD_OUT_SEED
-from omnisift.mini.train import shares_for
 from omnisift.mini.world import draw_scene
 from pipeline.config import AnswerConfig
 from pipeline.testing.scene_clips import decode_scene

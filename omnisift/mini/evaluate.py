@@ -19,11 +19,11 @@ from omnisift.backbone import Backbone
 from omnisift.codec import Codec, decode, encode
 from omnisift.compressor import Clip, KeptTokens, VideoCompressor
 from omnisift.layout import Modality
+from omnisift.mini.layouts import shares_for
 from omnisift.mini.observe import observe
 from omnisift.mini.pictures import plan_pictures
 from omnisift.mini.questions import KINDS, Question, draw_questions
 from omnisift.mini.sounds import plan_sounds
-from omnisift.mini.train import shares_for
 from omnisift.mini.world import ACTIONS, Scene, draw_scene
 
 # What a token carries, by its number in `Held.carries`.

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,42 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from omnisift.compress import DropShares, compress_planned, drop_shares
+from omnisift.compress import DropShares, compress_planned
 from omnisift.compression_plan import CompressionPlan, plan_compression
-from omnisift.layout import Block, Modality, ModelLayout, place_block
-from omnisift.media import FACTOR
+from omnisift.layout import ModelLayout
 from omnisift.methods import DECIDERS, compress_with
 from omnisift.mini import towers
+from omnisift.mini.auxiliary import auxiliary_losses
 from omnisift.mini.layers import GatedLayer, rms_norm, text_layer
-from omnisift.mini.lessons import IGNORED, Lesson, Lessons, Slots
-from omnisift.mini.observe import FPS, Seen, observe
-from omnisift.mini.pictures import ScenePlan
+from omnisift.mini.layouts import Clips, lay_out, place, shares_for, slot_mask
+from omnisift.mini.lessons import IGNORED, Lesson, Lessons
+from omnisift.mini.observe import Seen, observe
 from omnisift.mini.questions import KINDS
-from omnisift.mini.sounds import TOKENS_PER_SECOND
 from omnisift.mini.student import Stage, Student
-from omnisift.mini.world import COLOURS, NOISES, SIDE
 from omnisift.training.exploring import Antithetic, Exploring
 from omnisift.training.loop import Schedule, train
 
-_SIDE_TOKENS = SIDE // FACTOR
 _HELP_UNTIL, _HELP_AFTER = 0.6, 0.1  # share of the steps; weight of the auxiliary losses behind
-
-
-def shares_for(retain: float) -> DropShares:
-    """Return drop shares that keep `retain` of all tokens of this model's chunks: 128 + 50.
-
-    Video loses what the published setting of that name has it lose, .67 at 35 % and .77 at 25 %;
-    audio the rest. The published shares of audio are those of a model with four times as many
-    video tokens: here they would keep 42 and 30 % of all.
-    """
-    if retain >= 1:
-        return DropShares(video=0.0, audio=0.0)
-    video, audio = _SIDE_TOKENS**2, 2 * TOKENS_PER_SECOND
-    shares = drop_shares(retain)
-    left = round(retain * (2 * video + audio)) - 2 * (video - int(video * shares.video))
-    dropped = audio - min(max(left, 0), audio)
-    # Half a token more, so that the product with the share rounds down to this many.
-    return DropShares(video=shares.video, audio=min(1.0, (dropped + 0.5) / audio))
 
 
 @dataclass(frozen=True)
@@ -67,51 +47,6 @@ class Recipe:
     consistency: float = 0.0  # weight: background tokens stay as they were a grid before
     selector_rate: float = 1.0  # times the learning rate
     exploration: float = 0.0  # size of the noise on the scores that select
-
-
-class Clips(NamedTuple):
-    """The layout of clips of one length and as much sound, on the device."""
-
-    block: Block
-    ids: Tensor  # [L]
-    positions: Tensor  # [3, L]
-    video: Tensor  # places in the block
-    audio: Tensor
-
-
-def lay_out(layout: ModelLayout, duration_s: int, audio_tokens: int, device: torch.device) -> Clips:
-    """Lay out clips of the world."""
-    block = place_block(
-        layout,
-        grids=duration_s * FPS // 2,
-        height=_SIDE_TOKENS,
-        width=_SIDE_TOKENS,
-        seconds_per_grid=2 / FPS,
-        audio_tokens=audio_tokens,
-    )
-    video, audio = (
-        np.flatnonzero(block.modality == kind) for kind in (Modality.VIDEO, Modality.AUDIO)
-    )
-    on_device = (
-        torch.from_numpy(value).to(device) for value in (block.ids, block.positions, video, audio)
-    )
-    return Clips(block, *on_device)
-
-
-def place(model: Any, clips: Clips, video: Tensor, audio: Tensor) -> Tensor:
-    """Return the block's embeddings [B, L, D] from video [B, G, N, D] and audio [B, A, D]."""
-    embeds: Tensor = model.get_input_embeddings()(clips.ids).expand(len(video), -1, -1)
-    embeds = embeds.index_copy(1, clips.video, video.flatten(1, 2).to(embeds.dtype))
-    return embeds.index_copy(1, clips.audio, audio.to(embeds.dtype))
-
-
-def slot_mask(num_context: int, slots: Slots, device: torch.device) -> Tensor:
-    """Return who sees whom, bool [1, 1, L, L]: the context, and what came before in the slot."""
-    lengths = torch.tensor([num_context, *slots.lengths])
-    slot = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    index = torch.arange(len(slot))
-    same = (slot[:, None] == slot) | (slot == 0)
-    return (same & (index[:, None] >= index))[None, None].to(device)
 
 
 class Trainer:
@@ -174,7 +109,7 @@ class Trainer:
                 weight = 1.0 if progress < _HELP_UNTIL else _HELP_AFTER
                 after = hidden[:, len(self.prefix) : len(self.prefix) + embeds.shape[1]]
                 heard_after = after.index_select(1, clips.audio)
-                aux = self._auxiliary(lesson, seen, pictures, video, audio, heard_after)
+                aux = auxiliary_losses(student, lesson, seen, video, audio, heard_after)
                 steady = aux.pop("loss/consistency")
                 loss = loss + weight * torch.stack(list(aux.values())).sum()
                 if recipe.consistency:
@@ -293,47 +228,6 @@ class Trainer:
             metrics[f"accuracy/{kind}"] = (right & mine).sum() / mine.sum().clamp(min=1)
         return of_questions + of_caption, metrics
 
-    def _auxiliary(
-        self,
-        lesson: Lesson,
-        seen: Seen,
-        pictures: ScenePlan,
-        video: Tensor,
-        audio: Tensor,
-        heard_after: Tensor,
-    ) -> dict[str, Tensor]:
-        student = self.student
-        noise = lesson.sounds.noise.to(self.device)
-        silent = seen.sound < 0
-        noise_label = noise.gather(1, seen.sound.clamp(min=0)).masked_fill(silent, len(NOISES))
-        there = seen.owner >= 0
-        thing = seen.owner.clamp(min=0)
-        looks = (
-            pictures.colour[:, None].expand(-1, thing.shape[1], -1).gather(2, thing),
-            pictures.shape[:, None].expand(-1, thing.shape[1], -1).gather(2, thing),
-            seen.action.gather(2, thing),
-        )
-        losses = {
-            "loss/sound": F.cross_entropy(
-                student.sound_head(audio).float().flatten(0, 1), noise_label.flatten()
-            ),
-            "loss/object": F.cross_entropy(
-                student.object_head(video).float().flatten(0, 2), there.long().flatten()
-            ),
-        }
-        for name, head, label in zip(
-            ("colour", "shape", "action"), student.look_heads, looks, strict=True
-        ):
-            losses[f"loss/{name}"] = _cross_entropy(head(video), label, there)
-        event = lesson.sound_event.to(self.device).gather(1, seen.sound.clamp(min=0))
-        cause = pictures.event_thing.gather(1, event.clamp(min=0))
-        cause = pictures.colour.gather(1, cause).masked_fill(event < 0, len(COLOURS))
-        losses["loss/cause"] = _cross_entropy(student.cause_head(heard_after), cause, ~silent)
-        still = ~there[:, :-1] & ~there[:, 1:]
-        change = 1 - F.cosine_similarity(video[:, :-1], video[:, 1:], dim=-1)
-        losses["loss/consistency"] = (change * still).sum() / still.sum().clamp(min=1)
-        return losses
-
 
 def _kept_metrics(kept: Tensor, sounding: Tensor) -> dict[str, Tensor]:
     """Return which share of the audio tokens is kept, of those with a sound and of the others."""
@@ -341,11 +235,6 @@ def _kept_metrics(kept: Tensor, sounding: Tensor) -> dict[str, Tensor]:
         "kept/sounding": (kept & sounding).sum() / sounding.sum(),
         "kept/silent": (kept & ~sounding).sum() / (~sounding).sum(),
     }
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
-    return (losses * where.flatten()).sum() / where.sum().clamp(min=1)
 
 
 def run_stage(

@@ -6,9 +6,9 @@ from omnisift.answer import Answerer
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
 from omnisift.compressor import Clip, KeptTokens, VideoCompressor
+from omnisift.mini.layouts import shares_for
 from omnisift.mini.questions import CAPTION_PROMPTS, caption_match, draw_questions
 from omnisift.mini.shipped import FOLDER, HELD_OUT_SEED
-from omnisift.mini.train import shares_for
 from omnisift.mini.world import Scene, draw_scene
 from pipeline.config import AnswerConfig
 from pipeline.testing.scene_clips import decode_scene

@@ -15,6 +15,7 @@ from omnisift.compressor import VideoCompressor
 from omnisift.media import SAMPLE_RATE, log_mel
 from omnisift.mini import towers
 from omnisift.mini.layers import GatedLayer, text_layer
+from omnisift.mini.layouts import lay_out, place, shares_for
 from omnisift.mini.lessons import IGNORED, Lesson, Lessons, Slots
 from omnisift.mini.model import (
     SELECTOR_HIDDEN,
@@ -28,14 +29,7 @@ from omnisift.mini.observe import observe
 from omnisift.mini.pictures import draw, plan_pictures
 from omnisift.mini.sounds import plan_sounds, render
 from omnisift.mini.student import Student, calibrate
-from omnisift.mini.train import (
-    Recipe,
-    Trainer,
-    lay_out,
-    place,
-    run_stage,
-    shares_for,
-)
+from omnisift.mini.train import Recipe, Trainer, run_stage
 from omnisift.mini.world import NOISES, draw_scene
 from omnisift.prompts import PromptText
 from omnisift.training.loop import Schedule
