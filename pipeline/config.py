@@ -6,7 +6,7 @@ from typing import Any
 
 from omnisift.codec import CODECS
 from omnisift.compress import DropShares, drop_shares
-from omnisift.methods import METHODS, TRAINED_METHODS
+from omnisift.methods import METHODS, TRAINED_METHODS, find_method
 from pipeline.redaction import holds_secret
 
 CHUNK_S = 2.0  # of the model's interleaving: what windows are multiples of
@@ -421,6 +421,10 @@ class TrainConfig:
     exploration: float = _key(
         0.0, "noise on the selector's scores, whose gradient is then centred; 0: as published"
     )
+    selector_steps: int = _key(
+        0, "steps before all others, in which the selector learns alone by two selections"
+    )
+    selector_alone_rate: float = _key(3e-4, "peak of the cosine in these steps")
     warmup_share: float = _key(0.05, "share of the steps in which the learning rate rises")
     weight_decay: float = _key(0.0, "AdamW's, of matrices")
     max_grad_norm: float = _key(1.0, "gradients are scaled down to this norm")
@@ -450,6 +454,12 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("worker_cpus", "learning_rate", "selector_rate", "max_grad_norm"):
             _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        rate, steps = self.selector_alone_rate, self.selector_steps
+        _require(rate > 0, "selector_alone_rate", "positive", rate)
+        alone = steps == 0 or (steps > 0 and find_method(self.compression.method).selector)
+        _require(alone, "selector_steps", "0, or more where the method has a selector", steps)
+        noise = "positive where selector_steps is (0.1 is a beginning)"
+        _require(not steps or self.exploration > 0, "exploration", noise, self.exploration)
         _require(0 <= self.warmup_share < 1, "warmup_share", "in [0, 1)", self.warmup_share)
         for name in ("weight_decay", "exploration"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))

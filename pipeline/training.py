@@ -1,6 +1,7 @@
 """Train OmniSIFT on real data: LLM and selector, in this process or in workers of Ray Train."""
 
 import logging
+import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from omnisift.checkpoint import (
+    SELECTOR_PREFIX,
     CheckpointError,
     build_selector,
     load_backbone,
@@ -121,17 +123,49 @@ def _train(config: TrainConfig, device: torch.device, output: str = "") -> None:
     shard(loss)
     found = read_lines(Storage(config.storage), config.data)
     tally = Tally(config.data, found, config.max_skipped_share, workers)
+    try:
+        if config.selector_steps:
+            _run_stage(config, loss, found, tally, folder / "selector", selecting=True)
+        _run_stage(config, loss, found, tally, folder, selecting=False)
+    finally:
+        if folder.is_dir():
+            tally.write(folder / f"skipped-{rank}.jsonl")
+    publish(source, folder / "model", loss.trained())
+
+
+def _run_stage(
+    config: TrainConfig,
+    loss: PrunedLoss,
+    found: TrainingLines,
+    tally: Tally,
+    folder: Path,
+    *,
+    selecting: bool,
+) -> None:
+    """Train the selector alone, as it is to select, or all that is trained."""
+    rank, workers = world()
+    trained = loss.trained()
+    steps, epochs, learning_rate = None, config.epochs, config.learning_rate
+    if selecting:
+        trained = {name: p for name, p in trained.items() if name.startswith(SELECTOR_PREFIX)}
+        steps, learning_rate = config.selector_steps, config.selector_alone_rate
+        epochs = math.ceil(steps * config.batch / len(found.lines))
     dealing = Dealing(
-        len(found.lines), config.epochs, config.batch, config.seed, rank=rank, workers=workers
+        len(found.lines), epochs, config.batch, config.seed, rank=rank, workers=workers
     )
     examples = Examples(config, found.lines, dealing, tally, loss.lay)
+
+    def rate_of(name: str) -> float:
+        with_others = name.startswith(SELECTOR_PREFIX) and not selecting
+        return config.selector_rate if with_others else 1.0
+
     try:
         train_by_gradients(
-            lambda step: gather_gradients(loss, examples.micro_batches(step)),
-            loss.trained(),
+            lambda step: gather_gradients(loss, examples.micro_batches(step), selecting=selecting),
+            trained,
             Schedule(
-                steps=dealing.num_steps,
-                learning_rate=config.learning_rate,
+                steps=steps or dealing.num_steps,
+                learning_rate=learning_rate,
                 warmup_share=config.warmup_share,
                 weight_decay=config.weight_decay,
                 max_grad_norm=config.max_grad_norm,
@@ -140,14 +174,11 @@ def _train(config: TrainConfig, device: torch.device, output: str = "") -> None:
             seed=config.seed,
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
-            rate_of=lambda name: config.selector_rate if ".compressor." in name else 1.0,
+            rate_of=rate_of,
             facts=_facts(config, found),
         )
     finally:
         examples.close()
-        if folder.is_dir():
-            tally.write(folder / f"skipped-{rank}.jsonl")
-    publish(source, folder / "model", loss.trained())
 
 
 def _load(config: TrainConfig, source: Path, device: torch.device) -> PrunedLoss:
@@ -180,6 +211,8 @@ def _facts(config: TrainConfig, found: TrainingLines) -> dict[str, Any]:
         "max_tokens": config.max_tokens,
         "selector_rate": config.selector_rate,
         "exploration": config.exploration,
+        "selector_steps": config.selector_steps,
+        "selector_alone_rate": config.selector_alone_rate,
         "system_prompt": config.system_prompt,
         "media": asdict(config.media),
         "compression": asdict(config.compression),

@@ -26,7 +26,7 @@ from omnisift.compressor import Clip, TooLongError, VideoCompressor
 from omnisift.layout import Block, Modality
 from omnisift.methods import TRAINED_METHODS, compress_with, find_method
 from omnisift.prompts import PromptText, prompt_positions
-from omnisift.training.exploring import Exploring
+from omnisift.training.exploring import Antithetic, Exploring
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,14 @@ class LossSums(NamedTuple):
     num_tokens: int  # that the LLM read
 
 
+class _Embedded(NamedTuple):
+    """An example before it is pruned."""
+
+    before: Tensor  # [L1, D]
+    block: Tensor  # [L, D]
+    after: Tensor  # [L2, D]
+
+
 class PrunedLoss(nn.Module):
     """The loss of a few examples; its parameters are those that are trained."""
 
@@ -80,7 +88,7 @@ class PrunedLoss(nn.Module):
         """Freeze all of `backbone` but its LLM (text embedding and head included).
 
         `max_tokens` bounds what the LLM reads of an example, after pruning. `exploration` is the
-        noise of `Exploring`, 0 the published gradient.
+        noise of `Exploring` and of `Antithetic`, 0 the published gradient.
         """
         super().__init__()
         if method not in TRAINED_METHODS:
@@ -169,14 +177,57 @@ class PrunedLoss(nn.Module):
         )
         return plan.kept[0]
 
-    def forward(self, batch: Sequence[LaidExample]) -> LossSums:
+    def forward(self, batch: Sequence[LaidExample], *, selecting: bool = False) -> LossSums:
         """Return the sums of some examples; of none, zeros that carry gradients all the same.
 
         (Workers of a process group must run the same number of times, whatever their data.)
+        With `selecting` the gradient is the selector's alone, that of `Antithetic`: the LLM stays
+        as it is and reads each example twice. The loss is then that of the first selection.
         """
+        if selecting:
+            return self._compare_selections(batch)
         if not batch:
             return self._nothing()
-        sequences = self._prune(batch)
+        selector = Exploring(self.selector, self.exploration)
+        sequences = self._prune(batch, self._embed_all(batch), selector)
+        losses_A, correct = self._read_answers(batch, sequences)
+        return LossSums(losses_A.sum(), correct, len(losses_A), _num_tokens(sequences))
+
+    def _compare_selections(self, batch: Sequence[LaidExample]) -> LossSums:
+        if not batch:
+            with torch.no_grad():
+                for _ in range(2):
+                    nothing = self._nothing()
+            return nothing._replace(loss=self._no_pull())
+        with torch.no_grad():
+            embedded = self._embed_all(batch)
+        # One each: an example has chunks of its own, and a loss.
+        selectors = [Antithetic(self.selector, self.exploration) for _ in batch]
+        read = []
+        for _ in range(2):
+            sequences = [
+                sequence
+                for laid, parts, selector in zip(batch, embedded, selectors, strict=True)
+                for sequence in self._prune([laid], [parts], selector)
+            ]
+            with torch.no_grad():
+                losses_A, correct = self._read_answers(batch, sequences)
+            losses = losses_A.split([laid.num_answer for laid in batch])
+            read.append(torch.stack([some.sum() for some in losses]))
+        first_B, second_B = read
+        pulls = [
+            selector.loss(first_B[row : row + 1], second_B[row : row + 1])
+            for row, selector in enumerate(selectors)
+            if selector.score is not None  # it was asked: there is sound
+        ]
+        pull = torch.stack(pulls).sum() if pulls else self._no_pull()
+        loss = first_B.sum() + (pull - pull.detach())
+        return LossSums(loss, correct, len(losses_A), _num_tokens(sequences))
+
+    def _read_answers(
+        self, batch: Sequence[LaidExample], sequences: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses [A] of the answers' tokens, and how many are the likeliest."""
         longest = max(len(embeds) for embeds, _ in sequences)
         # Padded on the right, where causal attention does not look: no mask is needed.
         embeds_BLD = torch.stack([_pad(embeds.T, longest).T for embeds, _ in sequences])
@@ -193,12 +244,8 @@ class PrunedLoss(nn.Module):
         targets_A = targets_A.to(hidden_AD.device, non_blocking=True)
         # float32: a sum of exponentials over 150,000 words
         logits = self.lm_head(hidden_AD).float()
-        return LossSums(
-            loss=F.cross_entropy(logits, targets_A, reduction="sum"),
-            correct=(logits.argmax(dim=-1) == targets_A).sum(),
-            num_answer=len(targets_A),
-            num_tokens=sum(len(embeds) for embeds, _ in sequences),
-        )
+        losses_A = F.cross_entropy(logits, targets_A, reduction="none")
+        return losses_A, (logits.argmax(dim=-1) == targets_A).sum()
 
     def _read(self, embeds_BLD: Tensor, positions_3BL: Tensor) -> Tensor:
         hidden: Tensor = self.language_model(
@@ -220,8 +267,12 @@ class PrunedLoss(nn.Module):
         loss = self.lm_head(hidden).float().sum() * 0
         return LossSums(loss, torch.zeros((), device=loss.device, dtype=torch.long), 0, 0)
 
-    def _prune(self, batch: Sequence[LaidExample]) -> list[tuple[Tensor, Tensor]]:
-        """Return embeddings [L, D] and positions [3, L] of the pruned sequences."""
+    def _no_pull(self) -> Tensor:
+        """Return a zero that has gradients for all of the selector."""
+        return torch.stack([parameter.sum() for parameter in self.selector.parameters()]).sum() * 0
+
+    def _embed_all(self, batch: Sequence[LaidExample]) -> list[_Embedded]:
+        """Run the towers and embed the texts."""
         clips = [laid.example.clip for laid in batch]
         # Out of inference mode by a copy: autograd keeps none of its tensors.
         video = [x.clone() for x in self.backbone.encode_video([clip.frames for clip in clips])]
@@ -232,20 +283,31 @@ class PrunedLoss(nn.Module):
             for part in (laid.before, torch.from_numpy(laid.block.ids), laid.after)
         ]
         embedded = self._embed(torch.cat(texts)).split([len(part) for part in texts])
-        blocks = [laid.block for laid in batch]
+        return [
+            _Embedded(
+                embedded[3 * row],
+                _place(embedded[3 * row + 1], laid.block, *media),
+                embedded[3 * row + 2],
+            )
+            for row, (laid, media) in enumerate(
+                zip(batch, zip(video, audio, strict=True), strict=True)
+            )
+        ]
+
+    def _prune(
+        self, batch: Sequence[LaidExample], embedded: Sequence[_Embedded], selector: Any
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return embeddings [L, D] and positions [3, L] of the pruned sequences."""
         layout = self.backbone.layout
-        selector: Any = Exploring(self.selector, self.exploration)
         kept = compress_with(
             self.method,
             [
                 (
-                    _place(marks, block, seen, heard),
-                    torch.from_numpy(block.ids),
-                    torch.from_numpy(block.positions),
+                    parts.block,
+                    torch.from_numpy(laid.block.ids),
+                    torch.from_numpy(laid.block.positions),
                 )
-                for marks, block, seen, heard in zip(
-                    embedded[1::3], blocks, video, audio, strict=True
-                )
+                for laid, parts in zip(batch, embedded, strict=True)
             ],
             video_drop=self.shares.video,
             audio_drop=self.shares.audio,
@@ -256,9 +318,9 @@ class PrunedLoss(nn.Module):
             positions_per_chunk=layout.positions_per_chunk,
         )
         sequences = []
-        for row, (laid, pruned) in enumerate(zip(batch, kept, strict=True)):
+        for laid, parts, pruned in zip(batch, embedded, kept, strict=True):
             start = len(laid.before)
-            embeds = torch.cat([embedded[3 * row], pruned.embeds, embedded[3 * row + 2]])
+            embeds = torch.cat([parts.before, pruned.embeds, parts.after])
             # On the tokens' device: on the host they would wait for the compression.
             block_positions = pruned.all_positions.to(embeds.device, non_blocking=True)
             positions = torch.cat(
@@ -279,6 +341,10 @@ def _place(embeds_LD: Tensor, block: Block, video: Tensor, audio: Tensor) -> Ten
         places = torch.from_numpy(np.flatnonzero(block.modality == kind)).to(embeds_LD.device)
         embeds_LD = embeds_LD.index_put((places,), tokens.to(embeds_LD.dtype))
     return embeds_LD
+
+
+def _num_tokens(sequences: Sequence[tuple[Tensor, Tensor]]) -> int:
+    return sum(len(embeds) for embeds, _ in sequences)
 
 
 def _pad(x: Tensor, width: int) -> Tensor:

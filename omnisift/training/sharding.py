@@ -42,16 +42,17 @@ def shard(loss: PrunedLoss) -> None:
 
 
 def gather_gradients(
-    loss: PrunedLoss, micro_batches: Iterable[Sequence[LaidExample]]
+    loss: PrunedLoss, micro_batches: Iterable[Sequence[LaidExample]], *, selecting: bool = False
 ) -> dict[str, Tensor]:
     """Leave the gradients of a whole batch in the parameters; return its metrics.
 
     The loss is the mean over all answer tokens of the batch, wherever they are: on other workers,
-    or in other micro-batches, of which every worker must bring equally many.
+    or in other micro-batches, of which every worker must bring equally many. With `selecting` only
+    the selector gets gradients, of two selections of each example.
     """
     sums = torch.zeros(4, device=loss.backbone.device, dtype=torch.float64)
     for batch in micro_batches:
-        part = loss(batch)
+        part = loss(batch, selecting=selecting)
         part.loss.backward()
         counts = torch.tensor([part.num_answer, part.num_tokens], dtype=torch.float64)
         values = torch.stack([part.loss.detach().double(), part.correct.double()])

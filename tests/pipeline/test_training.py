@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from omnisift.answer import Answerer
-from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
+from omnisift.checkpoint import (
+    SELECTOR_PREFIX,
+    build_selector,
+    load_backbone,
+    load_tokenizer,
+    read_selector,
+)
 from omnisift.compress import drop_shares
 from omnisift.compressor import Clip, VideoCompressor
 from omnisift.mini.tiny import write_tiny_model
@@ -161,6 +168,39 @@ def test_the_same_command_does_nothing_more_and_another_is_refused(
         train_omnisift(replace(config, seed=1))
 
 
+def test_the_selector_learns_alone_first_and_the_same_command_goes_on_behind_it(
+    folder: Path, config: TrainConfig
+) -> None:
+    output = folder / "selecting"
+    config = replace(config, output=str(output), epochs=1, exploration=0.1, selector_steps=3)
+    model = train_omnisift(config)
+    alone = output / "selector"
+    assert [line["step"] for line in read_curves(alone / "curves.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in read_curves(output / "curves.jsonl")] == [1, 2]
+    [state] = states(alone)
+    weights = load_file(state / "worker-0.safetensors").items()
+    kept = {name[len("weight/") :]: value for name, value in weights if name[:7] == "weight/"}
+    assert all(name.startswith(SELECTOR_PREFIX) for name in kept)
+    new = build_selector(read_selector(folder / "model"), 64, seed=config.seed).state_dict()
+    moved = [
+        not torch.equal(kept[f"{SELECTOR_PREFIX}{name}"], value) for name, value in new.items()
+    ]
+    assert len(kept) == len(new)
+    assert sum(moved) > len(moved) / 2
+
+    # Killed behind the selector's steps: they are not done again.
+    published = load_file(model / "model.safetensors")
+    curves = (alone / "curves.jsonl").read_bytes()
+    for left in (model, *states(output)):
+        shutil.rmtree(left)
+    (output / "curves.jsonl").unlink()
+    train_omnisift(config)
+    assert (alone / "curves.jsonl").read_bytes() == curves
+    again = load_file(model / "model.safetensors")
+    assert published.keys() == again.keys()
+    assert all(torch.equal(published[name], again[name]) for name in published)
+
+
 def test_too_many_unusable_lines_stop_it_by_name(folder: Path, config: TrainConfig) -> None:
     strict = replace(config, output=str(folder / "strict"), max_skipped_share=0.1)
     with pytest.raises(
@@ -199,6 +239,16 @@ def test_data_without_a_usable_line_is_refused(tmp_path: Path, content: str, mes
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"compression": CompressionConfig(method="dycoke")}, "the others have nothing to train"),
+        ({"selector_steps": 2}, "exploration must be positive where selector_steps is"),
+        ({"selector_steps": -1, "exploration": 0.1}, "selector_steps must be 0, or more"),
+        (
+            {
+                "selector_steps": 2,
+                "exploration": 0.1,
+                "compression": CompressionConfig(method="random"),
+            },
+            "selector_steps must be 0, or more where the method has a selector, got 2",
+        ),
     ],
 )
 def test_a_configuration_refuses_nonsense(settings: dict[str, Any], message: str) -> None:

@@ -1,6 +1,6 @@
 """One worker of a process group, as a script: train a few steps, publish.
 
-Arguments: rank, workers, folder, model.
+Arguments: rank, workers, folder, model, and `select` or nothing.
 """
 
 import os
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
 from omnisift.compress import drop_shares
 from omnisift.compressor import Clip
 from omnisift.training.loop import Schedule, train_by_gradients
-from omnisift.training.pruned_loss import Example, PrunedLoss
+from omnisift.training.pruned_loss import Example, LaidExample, PrunedLoss
 from omnisift.training.publish import publish
 from omnisift.training.sharding import gather_gradients, shard
 
@@ -44,8 +45,12 @@ def run(
     *,
     stop_at: int = STEPS,
     device: str = "cpu",
+    select: bool = False,
 ) -> None:
-    """Train `STEPS` steps on the examples 0, 1, ..., those of a batch dealt to the workers."""
+    """Train `STEPS` steps on the examples 0, 1, ..., those of a batch dealt to the workers.
+
+    With `select` the selector's gradient of two selections is kept as well, before and behind.
+    """
     backbone = load_backbone(model, device=device)
     selector = build_selector(read_selector(model), backbone.width, seed=1)
     loss = PrunedLoss(
@@ -58,13 +63,28 @@ def run(
     )
     shard(loss)
 
+    def laid(step: int) -> list[list[LaidExample]]:
+        mine = range(step * BATCH + rank, (step + 1) * BATCH, workers)
+        found = [example(number) for number in mine]
+        return [[loss.lay(one)] if one is not None else [] for one in found]
+
+    def keep_pull(name: str) -> None:
+        loss.exploration = 0.1
+        # The second batch: one of its examples cannot be read.
+        metrics = gather_gradients(loss, laid(1), selecting=True)
+        loss.exploration = 0.0
+        pull = {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
+        save_file({**pull, "loss": metrics["loss"]}, folder / f"{name}-{rank}.safetensors")
+        loss.zero_grad(set_to_none=True)
+
     def gradients_of(step: int) -> dict[str, torch.Tensor]:
         if step == stop_at:
             raise KeyboardInterrupt
-        mine = range(step * BATCH + rank, (step + 1) * BATCH, workers)
-        found = [example(number) for number in mine]
-        return gather_gradients(loss, [[loss.lay(one)] if one is not None else [] for one in found])
+        return gather_gradients(loss, laid(step))
 
+    if select:
+        folder.mkdir(exist_ok=True)
+        keep_pull("before")
     train_by_gradients(
         gradients_of,
         loss.trained(),
@@ -74,6 +94,8 @@ def run(
         checkpoint_every=2,
         log_every=1,
     )
+    if select:
+        keep_pull("behind")
     publish(model, folder / "model", loss.trained())
 
 
@@ -84,7 +106,7 @@ def main() -> None:
     folder, model = Path(sys.argv[3]), Path(sys.argv[4])
     meet = f"file://{folder.with_suffix('.meet')}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=workers)
-    run(rank, workers, folder, model)
+    run(rank, workers, folder, model, select="select" in sys.argv[5:])
     dist.barrier()
     dist.destroy_process_group()
     # All is written. gloo's threads abort an interpreter that ends under them now and then

@@ -1,13 +1,15 @@
 """The loss on the pruned sequence: transformers' own loss, and gradients by differences."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omnisift.answer import Answerer
+from omnisift.audio_selection import AudioSelector
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
 from omnisift.compress import drop_shares
 from omnisift.compressor import Clip, TooLongError, VideoCompressor
@@ -66,7 +68,7 @@ def test_the_prompt_is_the_one_that_is_answered(folder: Path, examples: list[Exa
     for example in examples:
         laid = loss.lay(example)
         with torch.no_grad():
-            [(embeds, positions)] = loss._prune([laid])
+            [(embeds, positions)] = loss._prune([laid], loss._embed_all([laid]), loss.selector)
         [kept] = compressor([example.clip])
         prompt = answerer.ask(answerer.open(kept), example.prompt)
         length = len(embeds) - laid.num_answer
@@ -194,6 +196,70 @@ def test_loss_and_gradients_are_those_of_slow_loops_and_transformers_own_loss(
     for name, gradient in gradients.items():
         atol = 2e-4 * float(expected[name].abs().max()) + 1e-8
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=atol, msg=name)
+
+
+class _Told(nn.Module):
+    """A selector that says what it was told."""
+
+    def __init__(self, score: Tensor) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, *_: Tensor) -> Tensor:
+        return self.score
+
+
+def test_two_selections_pull_the_selector_by_the_difference_of_their_losses(
+    folder: Path, examples: list[Example]
+) -> None:
+    """Against the plain loss of each example under a selector that says the pushed scores."""
+    loss = _loss(folder, exploration=0.3)
+    laid = [loss.lay(example) for example in examples]
+    scores: list[Tensor] = []
+    watch = loss.selector.register_forward_hook(lambda *args: scores.append(args[2]))
+    torch.manual_seed(5)
+    sums = loss(laid, selecting=True)
+    watch.remove()
+    sums.loss.backward(retain_graph=True)  # the scores are pulled by hand below
+    found = _gradients(loss)
+    assert {name for name in loss.trained() if "compressor" in name} == found.keys()
+
+    heard = [one for one, example in zip(laid, examples, strict=True) if len(example.clip.audio)]
+    assert len(heard) == len(scores) == 2
+    plain = _loss(folder)
+    along, first = [], float(plain([laid[1]]).loss.detach())  # the one without sound
+    torch.manual_seed(5)
+    for one, score in zip(heard, scores, strict=True):
+        push = 0.3 * torch.randn_like(score)
+        losses = []
+        for pushed in (score + push, score - push):
+            plain.selector = cast("AudioSelector", _Told(pushed.detach()))
+            with torch.no_grad():
+                losses.append(float(plain([one]).loss))
+        assert losses[0] != losses[1]
+        along.append((losses[0] - losses[1]) / 2 * (score * push).sum() / 0.3**2)
+        first += losses[0]
+    assert float(sums.loss.detach()) == pytest.approx(first, rel=1e-5)
+    assert sums.num_answer == sum(one.num_answer for one in laid)
+    torch.stack(along).sum().backward()
+    expected = _gradients(loss)
+    assert expected.keys() == found.keys()
+    for name, gradient in found.items():
+        atol = 1e-3 * float(expected[name].abs().max()) + 1e-8
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_of_nothing_to_select_the_pull_is_zero_but_there(
+    folder: Path, examples: list[Example], silent: bool
+) -> None:
+    loss = _loss(folder, exploration=0.3)
+    sums = loss([loss.lay(examples[1])] if silent else [], selecting=True)
+    sums.loss.backward()
+    assert (float(sums.loss.detach()) > 0) == silent
+    gradients = _gradients(loss)
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients.values())
 
 
 def test_of_no_examples_the_gradients_are_zero_but_there(folder: Path) -> None:

@@ -56,11 +56,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _start(workers: int, folder: Path, model: Path) -> None:
+def _start(workers: int, folder: Path, model: Path, *more: str) -> None:
     script = ["-m", "tests.omnisift.training.gradient_worker"]
     processes = [
         subprocess.Popen(
-            [sys.executable, *script, str(rank), str(workers), str(folder), str(model)], cwd=ROOT
+            [sys.executable, *script, str(rank), str(workers), str(folder), str(model), *more],
+            cwd=ROOT,
         )
         for rank in range(workers)
     ]
@@ -184,6 +185,25 @@ def test_bfloat16_computes_and_float32_learns(
     with torch.no_grad():
         exact = _float32_loss(model, one)
     assert full["loss"] == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_selections_pull_the_selector_alone_and_training_goes_on(
+    model: Path, runs: dict[int, Path], tmp_path: Path, workers: int
+) -> None:
+    """Each worker has the joint pull, and what is trained then is what is trained without it."""
+    folder = tmp_path / "run"
+    _start(workers, folder, model, "select")
+    for name in ("before", "behind"):
+        pulls = [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(workers)]
+        assert all(part == "loss" or part.startswith("selector.") for part in pulls[0])
+        assert any(pulls[0][part].abs().max() > 0 for part in pulls[0] if part != "loss")
+        for part, value in pulls[0].items():
+            assert all(torch.equal(value, other[part]) for other in pulls)
+    curves = (read_curves(at / "curves.jsonl") for at in (folder, runs[workers]))
+    here, plain = ([line["loss"] for line in lines] for lines in curves)
+    assert here == plain
+    load_backbone(folder / "model")
 
 
 @pytest.mark.gpu
