@@ -8,6 +8,8 @@ from torch import Tensor
 
 from omnisift.mini.lessons import Lesson
 from omnisift.mini.observe import Seen
+from omnisift.mini.pictures import ScenePlan
+from omnisift.mini.sounds import SoundPlan
 from omnisift.mini.student import Student
 from omnisift.mini.world import COLOURS, NOISES
 
@@ -15,6 +17,7 @@ from omnisift.mini.world import COLOURS, NOISES
 def auxiliary_losses(
     student: Student,
     lesson: Lesson,
+    plans: tuple[ScenePlan, SoundPlan],
     seen: Seen,
     video: Tensor,
     audio: Tensor,
@@ -22,10 +25,10 @@ def auxiliary_losses(
 ) -> dict[str, Tensor]:
     """Return the losses by name: what sounds, what is where, who made a sound, what stood still.
 
-    `video` [B, G, N, D] and `audio` [B, A, D] come from the towers, `heard_after` [B, A, D] are the
-    LLM's last states at the audio tokens.
+    `plans` are the lesson's on the device. `video` [B, G, N, D] and `audio` [B, A, D] come from the
+    towers, `heard_after` [B, A, D] are the LLM's last states at the audio tokens.
     """
-    pictures, sounds = lesson.plans(video.device)
+    pictures, sounds = plans
     noise = sounds.noise
     silent = seen.sound < 0
     noise_label = noise.gather(1, seen.sound.clamp(min=0)).masked_fill(silent, len(NOISES))

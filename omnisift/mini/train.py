@@ -109,7 +109,9 @@ class Trainer:
                 weight = 1.0 if progress < _HELP_UNTIL else _HELP_AFTER
                 after = hidden[:, len(self.prefix) : len(self.prefix) + embeds.shape[1]]
                 heard_after = after.index_select(1, clips.audio)
-                aux = auxiliary_losses(student, lesson, seen, video, audio, heard_after)
+                aux = auxiliary_losses(
+                    student, lesson, (pictures, sounds), seen, video, audio, heard_after
+                )
                 steady = aux.pop("loss/consistency")
                 loss = loss + weight * torch.stack(list(aux.values())).sum()
                 if recipe.consistency:
