@@ -452,10 +452,10 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("max_tokens", "checkpoint_every", "log_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("worker_cpus", "learning_rate", "selector_rate", "max_grad_norm"):
+        rates = ("learning_rate", "selector_rate", "selector_alone_rate")
+        for name in (*rates, "worker_cpus", "max_grad_norm"):
             _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
-        rate, steps = self.selector_alone_rate, self.selector_steps
-        _require(rate > 0, "selector_alone_rate", "positive", rate)
+        steps = self.selector_steps
         alone = steps == 0 or (steps > 0 and find_method(self.compression.method).selector)
         _require(alone, "selector_steps", "0, or more where the method has a selector", steps)
         noise = "positive where selector_steps is (0.1 is a beginning)"
