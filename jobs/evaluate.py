@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from multiprocessing import get_context
 from operator import add
@@ -25,6 +25,7 @@ from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
 from omnisift.codec import Codec
 from omnisift.compressor import VideoCompressor
+from omnisift.media import SAMPLE_RATE
 from omnisift.methods import METHODS
 from omnisift.mini.evaluate import (
     CARRIED,
@@ -69,6 +70,7 @@ class Work(NamedTuple):
 
     arms: Sequence[Arm]
     questions: int
+    cut_sound: bool
     codec: Codec | None
     device: str
     alone: bool
@@ -115,6 +117,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=100, help="number of the first scene")
     parser.add_argument("--scenes", type=int, default=40, help="how many are held out")
     parser.add_argument("--questions", type=int, default=6, help="asked about each")
+    parser.add_argument(
+        "--cut-sound", action="store_true", help="to the scene's length: AAC's last frame is whole"
+    )
     parser.add_argument("--codec", choices=get_args(Codec), help="write the tokens with it between")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,13 +129,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def hold_out(numbers: Sequence[int], questions: int, compressor: VideoCompressor) -> Iterator[Held]:
+def hold_out(work: Work, numbers: Sequence[int], compressor: VideoCompressor) -> Iterator[Held]:
     """Render scenes as mp4 files and decode them as the pipeline does."""
     for number in numbers:
         scene = draw_scene(HELD_OUT_SEED, number)
         clip = decode_scene(scene)
+        if work.cut_sound:
+            clip = replace(clip, audio=clip.audio[: scene.duration_s * SAMPLE_RATE])
         carries = what_tokens_carry(scene, compressor, clip)
-        yield Held(str(number), clip, draw_questions(scene, 0, questions), carries)
+        yield Held(str(number), clip, draw_questions(scene, 0, work.questions), carries)
 
 
 def _load(folder: Path, device: str) -> Backbone:
@@ -159,7 +166,7 @@ def find_out(work: Work, worker: int, numbers: Sequence[int]) -> Found:
         selector = build_selector(read_selector(folder), backbone.width)
         if not held:
             layout = VideoCompressor(backbone, selector, shares_for(1.0))
-            held = list(hold_out(numbers, work.questions, layout))
+            held = list(hold_out(work, numbers, layout))
         found.cosines[folder] = background_cosine(backbone, held)
         for index, arm in enumerate(work.arms):
             for run, arm_folder in enumerate(arm.folders):
@@ -272,7 +279,9 @@ def main() -> None:
     arms = [_arm(words) for words in options.arm] if options.arm else SHIPPED
     numbers = range(options.first, options.first + options.scenes)
     workers = min(options.workers, len(numbers))  # none goes without a scene
-    work = Work(arms, options.questions, options.codec, options.device, workers == 1)
+    work = Work(
+        arms, options.questions, options.cut_sound, options.codec, options.device, workers == 1
+    )
     print(f"{len(numbers)} scenes as mp4 files, {len(numbers) * work.questions} questions")
     found = find_all(work, numbers, workers)
     outcomes = {key: reduce(add, (f.outcomes[key] for f in found)) for key in found[0].outcomes}

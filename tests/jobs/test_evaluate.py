@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jobs import evaluate
+from omnisift.checkpoint import build_selector, read_selector
+from omnisift.compressor import VideoCompressor
 from omnisift.mini.evaluate import blind_answers, score
+from omnisift.mini.layouts import shares_for
 from omnisift.mini.questions import Question, draw_questions
-from omnisift.mini.shipped import FOLDER
+from omnisift.mini.shipped import FOLDER, HELD_OUT_SEED
 from omnisift.mini.world import draw_scene
 
 
@@ -43,6 +47,23 @@ def test_the_table_keeps_what_it_says_and_compression_costs_something(
     assert "4 scenes as mp4 files, 24 questions" in printed
     assert f"| sifted | {narrow['kept']:.1f} | {narrow['score']['accuracy']:.1f} (" in printed
     assert "of 144" in printed  # answers of the six runs that were compared with int8's
+
+
+def test_sound_is_cut_to_the_scene_where_a_file_has_more() -> None:
+    backbone = evaluate._load(FOLDER, "cpu")
+    selector = build_selector(read_selector(FOLDER), backbone.width)
+    compressor = VideoCompressor(backbone, selector, shares_for(1.0))
+    number = next(n for n in range(100) if draw_scene(HELD_OUT_SEED, n).duration_s == 10)
+    audio = []
+    for cut in (False, True):
+        work = evaluate.Work((), 1, cut, None, "cpu", alone=True)
+        [held] = evaluate.hold_out(work, [number], compressor)
+        assert len(held.carries) == len(compressor.block_of(held.clip).ids)
+        audio.append(held.clip.audio)
+    whole, cut_short = audio
+    assert len(whole) == 157 * 1024  # frames of AAC
+    assert len(cut_short) == 160_000
+    assert torch.equal(whole[:160_000], cut_short)
 
 
 def test_more_processes_than_scenes_leave_no_figure_undefined(
