@@ -1,8 +1,9 @@
-"""Measure the parts against what one would run otherwise: `python jobs/benchmark.py [--quick]`.
+"""Measure the parts against what one would run otherwise: `python jobs/benchmark.py`.
 
 The whole table needs a GPU with 80 GB and uses the published sizes of Qwen2.5-Omni-7B with random
-weights, on which time does not depend. `--quick` runs the same code on any machine with a tiny
-model, in seconds: it shows that the benchmark works, not how fast anything is.
+weights, on which time does not depend. `--small` takes the sizes of the small model that ships and
+runs on a CPU. `--quick` runs the same code on any machine with a tiny model, in seconds: it shows
+that the benchmark works, not how fast anything is.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -23,6 +24,7 @@ from transformers import DynamicCache
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
+from omnisift.checkpoint import thinker_config
 from omnisift.compress import Compressed, compress_batch, drop_shares
 from omnisift.compressor import Clip, VideoCompressor
 from omnisift.layout import Block, place_block
@@ -30,9 +32,13 @@ from omnisift.measure.chunk_loop import chunk_loop
 from omnisift.measure.random_model import published_config, random_model
 from omnisift.measure.timing import Times, alternately, behind_other_work, settle
 from omnisift.media import FACTOR, SAMPLE_RATE
+from omnisift.mini.shipped import FOLDER
 from omnisift.mini.tiny import tiny_config
+from omnisift.shared_contexts import Branch, SharedContexts
 
+PARTS = ("compression", "towers", "prefill", "questions")
 RETAIN = 0.25
+QUESTION_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Sizes:
     side: int  # tokens of a grid, down and across
     chunks: tuple[int, ...]  # for the cost of one more
     kept_tokens: int  # for the prefill
+    questions: int  # about them
+    answer_tokens: int
     rounds: int
 
 
@@ -236,30 +244,37 @@ def _measure_memory(
         raise RuntimeError(f"a batch took {peak} bytes, {limit_bytes} were allowed")
 
 
+class Llms(NamedTuple):
+    """The same LLM twice."""
+
+    ours: Backbone
+    stock: Any  # a copy: our prefill compiles parts of the model where they are
+
+    def tokens(self, number: int) -> Tensor:
+        """Return random embeddings [L, D]."""
+        width = self.stock.config.text_config.hidden_size
+        return torch.randn(number, width, device=self.stock.device, dtype=self.stock.dtype)
+
+
 @torch.inference_mode()
-def measure_prefill(model: Any, sizes: Sizes) -> None:
+def measure_prefill(llms: Llms, sizes: Sizes) -> None:
     """Measure the LLM over the kept tokens against stock, and against no compression."""
-    device, width = model.device, model.config.text_config.hidden_size
+    backbone = llms.ours
+    device, config = backbone.device, backbone.model.config.text_config
 
     def inputs(num_tokens: int) -> tuple[Tensor, Tensor]:
-        embeds = torch.randn(1, num_tokens, width, device=device, dtype=model.dtype)
-        return embeds, torch.arange(num_tokens, device=device).expand(3, 1, -1)
-
-    backbone = Backbone(model)
+        return llms.tokens(num_tokens)[None], torch.arange(num_tokens, device=device).expand(
+            3, 1, -1
+        )
 
     def ours(inputs: tuple[Tensor, Tensor]) -> Tensor:
         """Prefill as Answerer does: the vocabulary only behind the last token."""
         embeds, positions = inputs
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=device)
-        hidden = backbone.forward_text(
-            embeds, mask, positions, DynamicCache(config=model.config.text_config)
-        )
-        last: Tensor = model.lm_head(hidden[:, -1])
+        hidden = backbone.forward_text(embeds, None, positions, DynamicCache(config=config))
+        last: Tensor = backbone.model.lm_head(hidden[:, -1])
         return last
 
     kept, full = inputs(sizes.kept_tokens), inputs(4 * sizes.kept_tokens)
-
-    untouched = copy.deepcopy(model)  # our prefill compiles parts of the model where they are
 
     def stock(model: Any, inputs: tuple[Tensor, Tensor]) -> Tensor:
         embeds, positions = inputs
@@ -269,15 +284,15 @@ def measure_prefill(model: Any, sizes: Sizes) -> None:
 
     # Both round to 16 bits in their own order; float32 says which of them is nearer.
     short = kept[0][:, : sizes.kept_tokens // 4], kept[1][:, :, : sizes.kept_tokens // 4]
-    exact = copy.deepcopy(model).float()
+    exact = copy.deepcopy(llms.stock).float()
     right = stock(exact, (short[0].float(), short[1]))
     del exact
-    errors = relative_error(ours(short), right), relative_error(stock(untouched, short), right)
-    difference = relative_error(ours(kept), stock(untouched, kept))
+    errors = relative_error(ours(short), right), relative_error(stock(llms.stock, short), right)
+    difference = relative_error(ours(kept), stock(llms.stock, kept))
     times = alternately(
         {
             "ours": lambda: ours(kept),
-            "stock": lambda: stock(untouched, kept),
+            "stock": lambda: stock(llms.stock, kept),
             "full": lambda: ours(full),
         },
         device,
@@ -287,6 +302,64 @@ def measure_prefill(model: Any, sizes: Sizes) -> None:
     part = f"prefill, {sizes.kept_tokens:,} kept tokens"
     report(part, times["ours"], times["stock"], note)
     report(part, times["ours"], times["full"], f"against all {4 * sizes.kept_tokens:,}")
+
+
+@torch.inference_mode()
+def measure_questions(llms: Llms, sizes: Sizes) -> None:
+    """Measure questions about one video against reading the video again for each."""
+    backbone, device = llms.ours, llms.ours.device
+    head = backbone.model.lm_head
+    context = llms.tokens(sizes.kept_tokens)
+    positions = torch.arange(sizes.kept_tokens + QUESTION_TOKENS).expand(3, -1)
+    before, behind = positions.split([sizes.kept_tokens, QUESTION_TOKENS], dim=1)
+    questions = [llms.tokens(QUESTION_TOKENS) for _ in range(sizes.questions)]
+
+    def ours(number: int) -> Tensor:
+        """Return the ids [number, T] of answers, as Answerer chooses them."""
+        shared = SharedContexts(backbone, [(context, before)])
+        hidden = shared.read([Branch(0, question, behind) for question in questions[:number]])
+        chosen = [head(hidden[:, -1]).argmax(-1)]
+        while len(chosen) < sizes.answer_tokens:
+            chosen.append(head(shared.extend(backbone.embed(chosen[-1]))).argmax(-1))
+        return torch.stack(chosen, dim=1)
+
+    def stock(number: int) -> Tensor:
+        """Return the same, one question after the other from the beginning."""
+        answers = []
+        for question in questions[:number]:
+            embeds, places = torch.cat([context, question])[None], positions[:, None].to(device)
+            past: Any = None
+            chosen: list[Tensor] = []
+            while len(chosen) < sizes.answer_tokens:
+                output = llms.stock(
+                    inputs_embeds=embeds,
+                    position_ids=places,
+                    past_key_values=past,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                past, places = output.past_key_values, places[:, :, -1:] + 1
+                chosen.append(output.logits[:, -1].argmax(-1))
+                embeds = llms.stock.get_input_embeddings()(chosen[-1])[:, None]
+            answers.append(torch.cat(chosen))
+        return torch.stack(answers)
+
+    alike = float((ours(sizes.questions) == stock(sizes.questions)).double().mean())
+    times = alternately(
+        {
+            "one": lambda: ours(1),
+            "all": lambda: ours(sizes.questions),
+            "stock": lambda: stock(sizes.questions),
+        },
+        device,
+        max(2, sizes.rounds // 4),
+    )
+    part = f"{sizes.questions} questions about {sizes.kept_tokens:,} tokens"
+    note = f"{sizes.answer_tokens} tokens each, {alike:.1%} of them alike"
+    report(part, times["all"], times["stock"], note)
+    further = (times["all"].median_ms - times["one"].median_ms) / (sizes.questions - 1)
+    again = times["stock"].median_ms / sizes.questions
+    print(f"| a further question | {further:.2f} ms | {again:.2f} ms | {again / further:.1f}x | |")
 
 
 def machine(device: torch.device) -> str:
@@ -301,17 +374,18 @@ def machine(device: torch.device) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tiny model on any machine")
-    parser.add_argument(
-        "--parts", nargs="+", default=["compression", "towers", "prefill"], help="what to measure"
-    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a tiny model on any machine")
+    size.add_argument("--small", action="store_true", help="the model that ships, on a CPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     options = parser.parse_args(arguments)
+    device = torch.device("cpu" if options.quick or options.small else "cuda")
     if options.quick:
-        sizes = Sizes(tiny_config(), 4, 2, (1, 4), 64, rounds=2)
-        device = torch.device("cpu")
+        sizes = Sizes(tiny_config(), 4, 2, (1, 4), 64, 3, 4, rounds=2)
+    elif options.small:
+        sizes = Sizes(thinker_config(FOLDER), 20, 8, (1, 10), 445, 8, 16, rounds=20)
     else:
-        sizes = Sizes(published_config(), 128, 16, (8, 64, 512), 9216, rounds=20)
-        device = torch.device("cuda")
+        sizes = Sizes(published_config(), 128, 16, (8, 64, 512), 9216, 8, 16, rounds=20)
     print(f"{machine(device)}; median of {sizes.rounds} runs or a quarter of them (range)\n")
     print("| part | ours | alternative | factor | |\n|---|---|---|---|---|")
     llm_layers = sizes.config.text_config.num_hidden_layers
@@ -321,9 +395,14 @@ def main(arguments: list[str] | None = None) -> None:
     if "towers" in options.parts:
         measure_towers(model, sizes)
     del model
-    if "prefill" in options.parts:
+    if {"prefill", "questions"} & set(options.parts):
         gc.collect()
-        measure_prefill(random_model(sizes.config, device, llm_layers=llm_layers), sizes)
+        model = random_model(sizes.config, device, llm_layers=llm_layers)
+        llms = Llms(Backbone(model), copy.deepcopy(model))
+        if "prefill" in options.parts:
+            measure_prefill(llms, sizes)
+        if "questions" in options.parts:
+            measure_questions(llms, sizes)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """Kept tokens + system prompt + user prompt -> text, with the tokens' true positions.
 
-Shapes: B requests, L tokens of a prompt (left-padded), n kept tokens, D width.
+Shapes: L tokens of a context, S of a question, n kept tokens, V ids, D width.
 """
 
-import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from omnisift.backbone import Backbone
 from omnisift.compressor import KeptTokens
@@ -21,7 +21,11 @@ from omnisift.prompts import (
     check_room,
     prompt_positions,
 )
+from omnisift.shared_contexts import Branch, SharedContexts
 
+T = TypeVar("T")
+
+_SIDE_BY_SIDE = 32  # questions or options of a video; the mask has a column a token of each
 _STEPS_BETWEEN_LOOKS = 8
 
 
@@ -33,14 +37,6 @@ class Answer:
     num_prompt_tokens: int
     num_output_tokens: int
     finish_reason: str  # "stop", "length" when max_new_tokens ended it, "choice" when chosen
-
-
-class _Batch(NamedTuple):
-    """Sequences of unequal length side by side."""
-
-    embeds: Tensor  # [B, L, D]
-    mask: Tensor  # [B, L]
-    positions: Tensor  # [3, B, L]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,163 +133,85 @@ class Answerer:
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Answer a batch; the answer to each is what it would be alone.
 
-        A context is prefilled once, whatever the number of its questions and their choices.
+        A context is read once, whatever the number of its questions and their choices.
         """
         contexts = list({id(prompt.context): prompt.context for prompt in prompts}.values())
-        place = {id(context): row for row, context in enumerate(contexts)}
-        cache, mask = self._prefill(contexts)
-        answers: list[Answer | None] = [None] * len(prompts)
-        for choosing in (True, False):
-            asked = [i for i, prompt in enumerate(prompts) if bool(prompt.choices) == choosing]
-            if not asked:
-                continue
-            others = choosing and len(asked) < len(prompts)  # who still need the prefill
-            given = (self._choose if choosing else self._generate)(
-                [prompts[i] for i in asked],
-                [place[id(prompts[i].context)] for i in asked],
-                mask,
-                copy.deepcopy(cache) if others else cache,
+        shared = SharedContexts(self.backbone, [(c.embeds, c.positions) for c in contexts])
+        row_of = {id(context): row for row, context in enumerate(contexts)}
+        branches = [
+            Branch(row_of[id(prompt.context)], prompt.question, prompt.question_positions)
+            for prompt in prompts
+        ]
+        free = [i for i, prompt in enumerate(prompts) if not prompt.choices]
+        answers: dict[int, Answer] = {}
+        for asked in _rounds(free, [branches[i].context for i in free]):
+            outputs = self._generate(
+                shared, [branches[i] for i in asked], [prompts[i].seed for i in asked]
             )
-            for i, answer in zip(asked, given, strict=True):
-                answers[i] = answer
-        return [answer for answer in answers if answer is not None]
-
-    def _prefill(self, contexts: Sequence[Context]) -> tuple[DynamicCache, Tensor]:
-        """Return the contexts' keys and values, and which of them are real [B, L].
-
-        Contexts of one length are read together and no padding is computed; it only stands in
-        front of the shorter ones' keys behind it.
-        """
-        config = self.backbone.model.config.text_config
-        by_length: dict[int, list[int]] = {}
-        for row, context in enumerate(contexts):
-            by_length.setdefault(context.embeds.shape[0], []).append(row)
-        longest = max(by_length)
-        read = []
-        for rows in by_length.values():
-            cache = DynamicCache(config=config)
-            equal = self._pad([(contexts[r].embeds, contexts[r].positions) for r in rows])
-            self.backbone.forward_text(*equal, cache)
-            read.append(cache)
-        lengths = torch.tensor([len(context.embeds) for context in contexts])
-        mask = (torch.arange(longest) >= longest - lengths[:, None]).long().to(self.backbone.device)
-        if len(read) == 1:
-            return read[0], mask
-        order = torch.tensor([row for rows in by_length.values() for row in rows])
-        joined = DynamicCache(config=config)
-        for index in range(config.num_hidden_layers):
-            layers: list[Any] = [cache.layers[index] for cache in read]
-            keys, values = (
-                torch.cat([_padded(getattr(layer, name), longest) for layer in layers])
-                for name in ("keys", "values")
+            for i, ids in zip(asked, outputs, strict=True):
+                answers[i] = self._answer(len(prompts[i]), ids)
+        options = [(i, choice) for i, prompt in enumerate(prompts) for choice in prompt.choices]
+        scores: dict[int, list[float]] = {}
+        for weighed in _rounds(options, [branches[i].context for i, _ in options]):
+            likely = self._weigh(
+                shared, [(branches[i], self.text.choice(choice)) for i, choice in weighed]
             )
-            joined.update(keys, values, index)
-            for layer in layers:  # so that a layer is there twice, and not the whole
-                layer.keys = layer.values = None
-        joined.batch_select_indices(order.argsort().to(self.backbone.device))
-        return joined, mask
+            for (i, _), score in zip(weighed, likely, strict=True):
+                scores.setdefault(i, []).append(score)
+        for i, of_prompt in scores.items():
+            answers[i] = self._chosen(prompts[i], of_prompt)
+        return [answers[i] for i in range(len(prompts))]
 
     def _generate(
-        self, prompts: Sequence[Prompt], context_of: list[int], mask: Tensor, cache: DynamicCache
-    ) -> list[Answer]:
-        mask = _select(cache, mask, context_of)
-        questions = self._pad([(prompt.question, prompt.question_positions) for prompt in prompts])
-        mask = torch.cat([mask, questions.mask], dim=1)
-        seeds = [prompt.seed for prompt in prompts]
-        outputs = self._decode(questions.embeds, mask, questions.positions, cache, seeds)
-        return [
-            self._answer(len(prompt), ids) for prompt, ids in zip(prompts, outputs, strict=True)
-        ]
+        self, shared: SharedContexts, branches: list[Branch], seeds: list[int]
+    ) -> list[list[int]]:
+        """Choose tokens one by one, each behind the last position, until all have ended."""
+        hidden = shared.read(branches)[:, -1]
+        ends = torch.tensor(self.text.ends, device=hidden.device)
+        ended = torch.zeros(len(branches), dtype=torch.bool, device=hidden.device)
+        next_token = _Chooser(self.sampling, seeds, hidden.device)
+        chosen: list[Tensor] = []
+        while True:
+            token = next_token(self.backbone.model.lm_head(hidden))
+            chosen.append(token)
+            ended |= torch.isin(token, ends)
+            # Looking waits for the device, so it is done now and then; what a branch says behind
+            # its end is cut off.
+            looks = len(chosen) % _STEPS_BETWEEN_LOOKS == 1
+            if len(chosen) == self.max_new_tokens or (looks and self._all_ended(ended, chosen)):
+                ids: list[list[int]] = torch.stack(chosen, dim=1).tolist()
+                return ids
+            hidden = shared.extend(self.backbone.embed(token))
 
-    def _choose(
-        self, prompts: Sequence[Prompt], context_of: list[int], mask: Tensor, cache: DynamicCache
-    ) -> list[Answer]:
-        """Return the option of each prompt whose tokens, the end included, are likeliest."""
-        options = [
-            (prompt, row, self.text.choice(choice))
-            for prompt, row in zip(prompts, context_of, strict=True)
-            for choice in prompt.choices
-        ]
-        mask = _select(cache, mask, [row for _, row, _ in options])
+    def _weigh(
+        self, shared: SharedContexts, options: Sequence[tuple[Branch, list[int]]]
+    ) -> list[float]:
+        """Return how likely the ids of each option are behind its question, as logarithms."""
         pieces = []
-        for prompt, _, ids in options:
-            positions = prompt.question_positions[:, -1:] + 1 + torch.arange(len(ids) - 1)
+        for (context, embeds, positions), ids in options:
+            answer = self.backbone.embed(torch.tensor(ids[:-1]))
+            behind = positions[:, -1:] + 1 + torch.arange(len(ids) - 1)
             pieces.append(
-                (
-                    torch.cat([prompt.question, self.backbone.embed(torch.tensor(ids[:-1]))]),
-                    torch.cat([prompt.question_positions, positions], dim=1),
-                )
+                Branch(context, torch.cat([embeds, answer]), torch.cat([positions, behind], dim=1))
             )
-        padded = self._pad(pieces)
-        mask = torch.cat([mask, padded.mask], dim=1)
-        hidden = self.backbone.forward_text(padded.embeds, mask, padded.positions, cache)
-        scores = iter(
-            [
-                # Padded on the left: a token's likelihood stands in front of it, the last ids
-                # of all rows at the end. One row at a time, since a vocabulary is wide.
-                float(
-                    self.backbone.model.lm_head(row_LD[-len(ids) :])
-                    .float()
-                    .log_softmax(dim=-1)
-                    .gather(1, torch.tensor(ids, device=row_LD.device)[:, None])
-                    .sum()
-                )
-                for row_LD, (_, _, ids) in zip(hidden, options, strict=True)
-            ]
-        )
-        return [self._chosen(prompt, [next(scores) for _ in prompt.choices]) for prompt in prompts]
+        hidden = shared.read(pieces)
+        # Branches end together, so the last states of each foretell its option. One at a time,
+        # since a vocabulary is wide.
+        return [
+            float(
+                self.backbone.model.lm_head(states_SD[-len(ids) :])
+                .float()
+                .log_softmax(dim=-1)
+                .gather(1, torch.tensor(ids, device=states_SD.device)[:, None])
+                .sum()
+            )
+            for states_SD, (_, ids) in zip(hidden, options, strict=True)
+        ]
 
     def _chosen(self, prompt: Prompt, scores: list[float]) -> Answer:
         choice = prompt.choices[scores.index(max(scores))]
         num_tokens = len(self.text.choice(choice)) - 1
         return Answer(choice, len(prompt), num_tokens, "choice")
-
-    def _pad(self, sequences: Sequence[tuple[Tensor, Tensor]]) -> _Batch:
-        """Put embeddings [L, D] and positions [3, L] side by side, padded on the left.
-
-        So the next token of every row belongs into the same column.
-        """
-        device = self.backbone.device
-        shape = (len(sequences), max(embeds.shape[0] for embeds, _ in sequences))
-        embeds_BLD = torch.zeros(
-            *shape, self.backbone.width, device=device, dtype=self.backbone.dtype
-        )
-        mask_BL = torch.zeros(shape, dtype=torch.long, device=device)
-        positions_3BL = torch.zeros((3, *shape), dtype=torch.long, device=device)
-        for row, (embeds, positions) in enumerate(sequences):
-            start = shape[1] - embeds.shape[0]
-            embeds_BLD[row, start:] = embeds
-            mask_BL[row, start:] = 1
-            positions_3BL[:, row, start:] = positions.to(device)
-        return _Batch(embeds_BLD, mask_BL, positions_3BL)
-
-    def _decode(
-        self,
-        embeds: Tensor,
-        mask: Tensor,
-        positions: Tensor,
-        cache: DynamicCache,
-        seeds: list[int],
-    ) -> list[list[int]]:
-        """Choose tokens one by one, each behind the last position, until all rows have ended."""
-        ends = torch.tensor(self.text.ends, device=mask.device)
-        next_token = _Chooser(self.sampling, seeds, mask.device)
-        chosen: list[Tensor] = []
-        ended = torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
-        for step in range(self.max_new_tokens):
-            hidden = self.backbone.forward_text(embeds, mask, positions, cache)
-            token = next_token(self.backbone.model.lm_head(hidden[:, -1]))
-            chosen.append(token)
-            ended |= torch.isin(token, ends)
-            # Looking waits for the device, so it is done now and then; what a row says behind
-            # its end is cut off.
-            if step % _STEPS_BETWEEN_LOOKS == 0 and self._all_ended(ended, chosen):
-                break
-            embeds = self.backbone.embed(token)[:, None]
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            positions = positions[:, :, -1:] + 1
-        ids: list[list[int]] = torch.stack(chosen, dim=1).tolist()
-        return ids
 
     def _all_ended(self, ended: Tensor, chosen: list[Tensor]) -> bool:
         if not self.sampling.stop:
@@ -309,17 +227,14 @@ class Answerer:
         return Answer(text, num_prompt_tokens, length, "stop" if ended else "length")
 
 
-def _padded(states_BHLd: Tensor, length: int) -> Tensor:
-    return torch.nn.functional.pad(states_BHLd, (0, 0, length - states_BHLd.shape[2], 0))
-
-
-def _select(cache: DynamicCache, mask: Tensor, rows: list[int]) -> Tensor:
-    """Give `cache` one row for each of `rows`; return their mask."""
-    if rows == list(range(mask.shape[0])):
-        return mask
-    index = torch.tensor(rows, device=mask.device)
-    cache.batch_select_indices(index)
-    return mask[index]
+def _rounds(items: Sequence[T], context_of: Sequence[int]) -> Iterator[list[T]]:
+    """Yield all items, as many of each context at a time as are read side by side."""
+    rounds: dict[int, list[T]] = {}
+    taken: Counter[int] = Counter()
+    for item, context in zip(items, context_of, strict=True):
+        rounds.setdefault(taken[context] // _SIDE_BY_SIDE, []).append(item)
+        taken[context] += 1
+    yield from rounds.values()
 
 
 class _Chooser:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from omnisift.audio_tower import AudioTower
+from omnisift.grouped_attention import use_grouped_attention
 from omnisift.layout import Block, Modality, ModelLayout, num_audio_tokens
 from omnisift.media import log_mel, num_mel_frames, patchify
 from omnisift.transfer import upload, upload_media
@@ -120,11 +121,12 @@ class Backbone:
 
     @torch.inference_mode()
     def forward_text(
-        self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+        self, embeds: Tensor, seen: Tensor | None, positions: Tensor, cache: DynamicCache
     ) -> Tensor:
         """Run the LLM's layers and return the hidden states [B, L, D]; `cache` grows by L.
 
-        `embeds` [B, L, D] and `positions` [3, B, L] of the new tokens, `mask` [B, cached + L].
+        `embeds` [B, L, D] and `positions` [3, B, L] of the new tokens; `seen` [B, 1, L, cached + L]
+        is True where a token sees a key; without it each sees all before it.
         The vocabulary is left out: over a whole prompt its logits would be gigabytes.
         """
         text_model = self._text_model
@@ -132,7 +134,7 @@ class Backbone:
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             hidden: Tensor = text_model(
                 inputs_embeds=embeds,
-                attention_mask=mask,
+                attention_mask=seen,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -145,8 +147,8 @@ class Backbone:
 
     @cached_property
     def _text_model(self) -> Any:
-        # transformers 5.17 has the LLM at .model, 5.23 at .model.language_model
-        text_model = getattr(self.model.model, "language_model", self.model.model)
+        text_model = language_model(self.model)
+        use_grouped_attention(text_model)
         if self._compiles_text:
             for layer in text_model.layers:  # one graph of each kind serves them all
                 for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
@@ -158,3 +160,9 @@ def inner(model: Any) -> Any:
     """Return the module that holds the towers of a thinker."""
     # transformers moved the towers one module down between 5.17 and 5.23.
     return model if hasattr(model, "visual") else model.model
+
+
+def language_model(model: Any) -> Any:
+    """Return the LLM of a thinker, its layers without the vocabulary's."""
+    # transformers 5.17 has it at .model, 5.23 at .model.language_model
+    return getattr(model.model, "language_model", model.model)

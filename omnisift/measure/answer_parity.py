@@ -183,10 +183,9 @@ def _logprobs(answerer: Answerer, kept: KeptTokens, question: Question) -> Tenso
     """Return the log-probabilities [L - 1, V] of what follows each token but the last."""
     embeds, positions = _whole(answerer.ask(answerer.open(kept), question.text))
     backbone = answerer.backbone
-    mask = torch.ones(1, len(embeds), dtype=torch.long, device=backbone.device)
     cache = DynamicCache(config=backbone.model.config.text_config)
     hidden = backbone.forward_text(
-        embeds[None], mask, positions[:, None].to(backbone.device), cache
+        embeds[None], None, positions[:, None].to(backbone.device), cache
     )
     logits: Tensor = backbone.model.lm_head(hidden[0, :-1])
     return logits.float().log_softmax(dim=-1).cpu()
@@ -209,10 +208,8 @@ def _greedy(backbone: Backbone, prompt: Prompt) -> tuple[list[int], list[float]]
     embeds, positions = embeds[None], positions[:, None].to(backbone.device)
     cache = DynamicCache(config=backbone.model.config.text_config)
     ids, gaps = [], []
-    for step in range(GREEDY_TOKENS):
-        length = prompt.context.embeds.shape[0] + prompt.question.shape[0] + step
-        mask = torch.ones(1, length, dtype=torch.long, device=backbone.device)
-        hidden = backbone.forward_text(embeds, mask, positions, cache)
+    for _ in range(GREEDY_TOKENS):
+        hidden = backbone.forward_text(embeds, None, positions, cache)
         logits = backbone.model.lm_head(hidden[0, -1]).float()
         best = logits.topk(2)
         ids.append(int(best.indices[0]))

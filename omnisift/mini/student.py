@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.backbone import inner
+from omnisift.backbone import inner, language_model
 from omnisift.mini import towers
 from omnisift.mini.lessons import Lessons
 from omnisift.mini.observe import observe
@@ -37,8 +37,8 @@ class Student(nn.Module):
 
     @property
     def text(self) -> Any:
-        """Return the LLM's layers, wherever transformers keeps them."""
-        return getattr(self.model.model, "language_model", self.model.model)
+        """Return the LLM without the vocabulary's layers."""
+        return language_model(self.model)
 
     def trained(self, stage: Stage) -> dict[str, nn.Parameter]:
         """Return what a stage trains: all but the selector, the selector, it and the LLM."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.backbone import Backbone
+from omnisift.backbone import Backbone, language_model
 from omnisift.checkpoint import SELECTOR_PREFIX
 from omnisift.compress import DropShares
 from omnisift.compression_plan import plan_compression
@@ -98,7 +98,7 @@ class PrunedLoss(nn.Module):
             )
         model = backbone.model.requires_grad_(False)
         # transformers 5.17 has the LLM at .model, 5.23 at .model.language_model
-        self.language_model: Any = getattr(model.model, "language_model", model.model)
+        self.language_model = language_model(model)
         self.lm_head: Any = model.lm_head
         self.selector = selector.to(backbone.device)
         self.language_model.requires_grad_(True)

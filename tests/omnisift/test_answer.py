@@ -125,8 +125,26 @@ def test_a_context_is_prefilled_once(
     context = answerer.open(kept[0])
     answerer([answerer.ask(context, question) for question in ("a", "bb", "ccc")])
     assert seen[0] == (1, context.embeds.shape[0])
-    assert seen[1] == (3, answerer.ask(context, "ccc").question.shape[0])
-    assert set(seen[2:]) == {(3, 1)}
+    # Three questions side by side, then three tokens at a time.
+    assert seen[1] == (1, 3 * answerer.ask(context, "ccc").question.shape[0])
+    assert set(seen[2:]) == {(1, 3)}
+
+
+def test_more_questions_than_are_read_side_by_side(
+    answerer: Answerer, kept: list[KeptTokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = [answerer.open(tokens) for tokens in kept]
+    prompts = [
+        answerer.ask(contexts[which], f"Frage {number}", choices=choices)
+        for number, which in enumerate((0, 1, 0, 0, 2, 0, 0))
+        for choices in ((), ("yes", "no", "ein Hund"))
+    ]
+    expected = answerer(prompts)
+    monkeypatch.setattr("omnisift.answer._SIDE_BY_SIDE", 2)
+    seen = _watch_forward(answerer, monkeypatch)
+    assert answerer(prompts) == expected
+    # Behind the contexts at most two tokens of each are read a step.
+    assert {tokens for _, tokens in seen if tokens < 5} == {1, 2}
 
 
 def test_prefilling_unequal_contexts_computes_no_padding(
