@@ -66,11 +66,21 @@ def resolve(model: str, revision: str = "main") -> Path:
     return Path(downloaded)
 
 
-def identity(folder: Path) -> str:
-    """Return a hash that changes with the checkpoint: names, sizes and times of its files.
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of a checkpoint that `resolve` downloaded; None for any other folder."""
+    # Of its cache's layout: <cache>/models--<owner>--<name>/snapshots/<commit>
+    return folder.name if folder.parent.name == "snapshots" else None
 
-    Weights are not read: 18 GB every night would be. A copied folder counts as another one.
+
+def identity(folder: Path) -> str:
+    """Return what changes with the checkpoint: its commit, or a hash of files' names, sizes, times.
+
+    Weights are not read: 18 GB every night would be. So a download is the same on every machine, a
+    folder copied by hand counts as another one.
     """
+    commit = commit_of(folder)
+    if commit is not None:
+        return commit
     files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json"))
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

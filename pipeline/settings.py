@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import transformers
 
-from omnisift.checkpoint import SelectorWeights, identity
+from omnisift.checkpoint import SelectorWeights, commit_of, identity
 from omnisift.codec import CODECS, Codec
 from omnisift.engines.vllm_engine import VllmOptions
 from omnisift.prompts import Sampling
@@ -109,13 +109,13 @@ def choose_engine(answer: AnswerConfig, *, uses_gpu: bool) -> Literal["transform
 
 
 def _answer_settings(
-    config: CaptionConfig, *, uses_gpu: bool, answer_gpus: float
+    config: CaptionConfig, revision: str, *, uses_gpu: bool, answer_gpus: float
 ) -> AnswerSettings:
     answer = config.answer
     return AnswerSettings(
         engine=choose_engine(answer, uses_gpu=uses_gpu),
         model=config.model,
-        revision=config.revision,
+        revision=revision,
         system_prompt=answer.system_prompt,
         max_new_tokens=answer.max_new_tokens,
         sampling=Sampling(
@@ -155,9 +155,11 @@ def make_settings(
     cache_folder = join(keys.plain(config.cache_root), fingerprint)
     run_folder = join(output, run_id)
     device = "cuda" if uses_gpu else "cpu"
+    # What actors load is what the driver saw, wherever a branch has moved since.
+    revision = commit_of(folder) or config.revision
     compress = CompressSettings(
         model=config.model,
-        revision=config.revision,
+        revision=revision,
         selector=config.compression.selector,
         seed=config.seed,
         method=config.compression.method,
@@ -167,7 +169,7 @@ def make_settings(
         codec=token_codec(config, uses_gpu=uses_gpu),
         device=device,
     )
-    answer = _answer_settings(config, uses_gpu=uses_gpu, answer_gpus=answer_gpus)
+    answer = _answer_settings(config, revision, uses_gpu=uses_gpu, answer_gpus=answer_gpus)
     return Settings(
         run_id=run_id,
         storage=storage,

@@ -1,6 +1,8 @@
 """Checkpoints: what loads equals what was saved, and what does not fit is named."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from omnisift.checkpoint import (
     CheckpointError,
     build_selector,
+    commit_of,
     identity,
     load_backbone,
     load_tokenizer,
@@ -160,6 +163,21 @@ def test_neither_folder_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match="neither a folder here nor a hub id"):
         resolve("nowhere/nothing at all")
+
+
+def test_a_download_is_known_by_its_commit(folder: Path, tmp_path: Path) -> None:
+    """Two machines that downloaded the same commit at different times have the same model."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    downloads = [
+        shutil.copytree(folder, tmp_path / place / "models--a--b" / "snapshots" / commit)
+        for place in ("today", "tomorrow")
+    ]
+    for number, download in enumerate(downloads):
+        for file in download.iterdir():
+            os.utime(file, (1_000_000 + number, 1_000_000 + number))
+    assert [identity(download) for download in downloads] == [commit, commit]
+    assert commit_of(downloads[0]) == commit
+    assert commit_of(folder) is None
 
 
 def test_identity_changes_with_the_files(folder: Path) -> None:

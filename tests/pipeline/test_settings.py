@@ -1,14 +1,18 @@
 """Which engine answers, and what is refused before anything starts."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from omnisift.checkpoint import read_selector
+from omnisift.mini.tiny import write_tiny_model
 from pipeline import settings
 from pipeline.config import AnswerConfig, CaptionConfig, PoolsConfig
 from pipeline.errors import StartupError
-from pipeline.settings import choose_engine
+from pipeline.settings import choose_engine, make_settings
 
 
 @pytest.fixture(params=[True, False], ids=["installed", "missing"])
@@ -56,3 +60,16 @@ def test_gpus_that_share_a_model_are_the_actors() -> None:
     with pytest.raises(ValueError, match=r"pools\.answer_gpus must be 2"):
         CaptionConfig(**places, answer=shared)
     CaptionConfig(**places, answer=shared, pools=PoolsConfig(answer_gpus=2.0))
+
+
+def test_actors_load_the_commit_that_the_driver_saw(tmp_path: Path) -> None:
+    """A branch may move between the driver's download and an actor's on another machine."""
+    config = CaptionConfig(source=str(tmp_path), output=str(tmp_path / "out"), model="a/b")
+    folder = write_tiny_model(tmp_path / "tiny")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("5" * 40)
+    shutil.copytree(folder, snapshot)
+    for where, revision in ((folder, "main"), (snapshot, "5" * 40)):
+        made = make_settings(config, where, read_selector(where), uses_gpu=False)
+        assert made.compress["settings"].revision == revision
+        assert made.answer["settings"].revision == revision
+    assert made.ingredients["checkpoint"] == "5" * 40
