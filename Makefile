@@ -16,7 +16,7 @@ NEWS := sed -unE \
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 15
 
-demo: $(READY)  ## real videos from an S3 bucket to captions in Parquet, twice: the second run reuses
+demo: $(READY)  ## real videos from an S3 bucket to captions in Parquet, three runs: the last two reuse
 	@$(BIN)/python jobs/demo.py
 
 test: $(READY)  ## every test that needs neither a GPU nor minutes

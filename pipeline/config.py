@@ -368,7 +368,7 @@ class CaptionConfig:
     output: str = _key("", "s3:// or local prefix for answers, report and (by default) the cache")
     model: str = _key("Qwen/Qwen2.5-Omni-7B", "folder or hub id of a Qwen2.5-Omni checkpoint")
     revision: str = _key("main", "revision of a hub id")
-    seed: int = _key(0, "seed of an untrained selector; nothing else here is random")
+    seed: int = _key(0, "seed of an untrained selector (of sampled answers: answer.seed)")
     listing: ListingConfig = _key(ListingConfig(), "")
     media: MediaConfig = _key(MediaConfig(), "")
     decode: DecodeConfig = _key(DecodeConfig(), "")
