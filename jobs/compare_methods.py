@@ -1,4 +1,4 @@
-"""Train the small model by every method and compare them: `jobs/compare_methods.py --folder FOLDER`.
+"""Train the small model by every method and compare: `jobs/compare_methods.py --folder FOLDER`.
 
 Two backbones (with and without the consistency loss) are trained first, then all runs of the
 second stage, equally long, several at a time on each GPU; then `jobs/evaluate.py` asks them all.
