@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model, save_model
 
 from omnisift.audio_selection import AudioSelector
+from omnisift.checkpoint import CheckpointError
 from omnisift.methods import METHODS
 from omnisift.mini.lessons import Lessons
 from omnisift.mini.model import (
@@ -74,7 +74,10 @@ def main() -> None:
         calibrate(student, lessons, device)
     else:
         untrained = {name: value.clone() for name, value in student.selector.state_dict().items()}
-        load_model(student, options.start / "student.safetensors")
+        try:
+            student.restore(options.start / "student.safetensors")
+        except CheckpointError as error:
+            raise SystemExit(f"--start: {error}") from error
         student.selector.load_state_dict(untrained)
     recipe = Recipe(
         stage=options.stage,
@@ -105,7 +108,7 @@ def main() -> None:
         alone = replace(recipe, stage="selector", schedule=schedule, selector_rate=1.0)
         run(alone, options.output / "selector")
     run(recipe, options.output)
-    save_model(student, str(options.output / "student.safetensors"))
+    student.save(options.output / "student.safetensors")
     trained = student.selector if METHODS[options.method].selector else None
     save_checkpoint(options.output / "model", student.model, trained, tokenizer)
     print(f"wrote {options.output / 'model'}")

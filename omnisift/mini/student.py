@@ -1,13 +1,17 @@
 """What is trained: the thinker, the selector, and heads that only training has."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import inner, language_model
+from omnisift.checkpoint import CheckpointError, published_name
 from omnisift.mini import towers
 from omnisift.mini.lessons import Lessons
 from omnisift.mini.observe import observe
@@ -40,6 +44,33 @@ class Student(nn.Module):
         """Return the LLM without the vocabulary's layers."""
         return language_model(self.model)
 
+    def save(self, file: Path) -> None:
+        """Write all weights, under names that do not depend on transformers' version."""
+        save_file({_stored(name): value for name, value in self.state_dict().items()}, file)
+
+    def restore(self, file: Path) -> None:
+        """Take the weights of a file that `save` wrote.
+
+        Raises CheckpointError with file and tensor where one is missing, unknown or misshapen.
+        """
+        own = {_stored(name): (name, value) for name, value in self.state_dict().items()}
+        try:
+            saved = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        misfits = [
+            *(f"{name} is missing" for name in sorted(own.keys() - saved.keys())),
+            *(f"{name} is unknown" for name in sorted(saved.keys() - own.keys())),
+            *(
+                f"{name} is {list(saved[name].shape)} where {list(value.shape)} is expected"
+                for name, (_, value) in own.items()
+                if name in saved and saved[name].shape != value.shape
+            ),
+        ]
+        if misfits:
+            raise CheckpointError(f"{file}: {'; '.join(misfits[:3])} ({len(misfits)} misfits)")
+        self.load_state_dict({own[name][0]: value for name, value in saved.items()})
+
     def trained(self, stage: Stage) -> dict[str, nn.Parameter]:
         """Return what a stage trains: all but the selector, the selector, it and the LLM."""
         heads = ("sound_head", "object_head", "look_heads", "cause_head")
@@ -55,6 +86,11 @@ class Student(nn.Module):
             if parameter.requires_grad:
                 chosen[name] = parameter
         return chosen
+
+
+def _stored(name: str) -> str:
+    inside = name.removeprefix("model.")
+    return name if inside == name else published_name(inside)
 
 
 def calibrate(student: Student, lessons: Lessons, device: torch.device) -> None:

@@ -2,6 +2,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from jobs import train_mini
 from omnisift.checkpoint import build_selector, load_backbone, read_selector
@@ -27,6 +28,24 @@ def test_both_stages_leave_a_model_that_loads(
     folder = Path(second, "model")
     build_selector(read_selector(folder), load_backbone(folder).width)
     assert (Path(second) / "curves.jsonl").is_file()
+
+
+def test_a_backbone_that_does_not_fit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tmp_path / "backbone"
+    train(monkeypatch, "--stage", "backbone", "--output", str(first))
+    file = first / "student.safetensors"
+    weights = load_file(file)
+    # The published names, whatever transformers calls them in memory.
+    assert {"thinker.lm_head.weight", "thinker.visual.merger.ln_q.weight"} <= weights.keys()
+    del weights["sound_head.bias"]
+    save_file(weights, file)
+    with pytest.raises(SystemExit, match=r"student\.safetensors: sound_head\.bias is missing \(1"):
+        train(
+            monkeypatch,
+            *("--stage", "compressed", "--start", str(first), "--output", str(tmp_path / "next")),
+        )
 
 
 def test_the_second_stage_needs_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
