@@ -29,6 +29,7 @@ from omnisift.backbone import Backbone
 Part = Literal["all", "towers", "language_model"]
 
 SELECTOR_PREFIX = "thinker.compressor."
+_SMALL_FILES = ["*.json", "merges.txt", "*.jinja"]
 # The speech half of a full checkpoint, and the selector, which is read on its own.
 _NOT_THE_THINKERS = re.compile(r"^(talker|token2wav|(thinker\.)?compressor)\.")
 _LAYERS_LEFT_OUT = {
@@ -42,22 +43,31 @@ class CheckpointError(Exception):
     """A checkpoint that is not what it should be; the message names tensor and file."""
 
 
-def resolve(model: str, revision: str = "main") -> Path:
+def resolve(model: str, revision: str = "main", *, weights: bool = True) -> Path:
     """Return the folder of a checkpoint; a hub id is downloaded (safetensors, JSON, vocabulary).
 
-    Raises CheckpointError for what is neither.
+    Without `weights` only the shards that hold a selector are: a driver on a machine of its own
+    needs no more. Raises CheckpointError for what is neither folder nor hub id.
     """
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"model={model}: the folder has no config.json")
         return folder
+    if weights:
+        return _download(model, revision, ["*.safetensors", *_SMALL_FILES])
+    folder = _download(model, revision, _SMALL_FILES)
+    index = folder / "model.safetensors.index.json"
+    shards = ["*.safetensors"]  # without an index any file may hold it
+    if index.is_file():
+        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shards = sorted({file for name, file in places.items() if name.startswith(SELECTOR_PREFIX)})
+    return _download(model, commit_of(folder) or revision, shards) if shards else folder
+
+
+def _download(model: str, revision: str, patterns: list[str]) -> Path:
     try:
-        downloaded = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "merges.txt", "*.jinja"],
-        )
+        downloaded = snapshot_download(model, revision=revision, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

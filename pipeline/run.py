@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -78,12 +79,16 @@ def _run(
 ) -> Report:
     start = time.monotonic()
     try:
-        folder = resolve(config.model, config.revision)
+        folder = resolve(config.model, config.revision, weights=False)
         selector = read_selector(folder, config.compression.selector)
+        warnings = _warn_of_selector(config, selector)
+        start_ray()
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        if sum(node["Alive"] for node in nodes) == 1:
+            # The actors' machine is this one: fetched before they start, and once.
+            resolve(config.model, config.revision)
     except CheckpointError as error:
         raise StartupError(str(error)) from error
-    warnings = _warn_of_selector(config, selector)
-    start_ray()
     pools = size_pools(config.pools, answers=answers)
     run = make_settings(
         config,

@@ -165,6 +165,45 @@ def test_neither_folder_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve("nowhere/nothing at all")
 
 
+@pytest.mark.parametrize("shard", ["model-2.safetensors", None, "model.safetensors"])
+def test_a_driver_downloads_the_selector_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str | None
+) -> None:
+    """Of a hub where the selector is in one shard of two, in none, or in the only file."""
+    hub, here = tmp_path / "hub", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    write_tiny_model(hub, selector=shard is not None)
+    if shard != "model.safetensors":
+        weights = load_file(hub / "model.safetensors")
+        names = {True: "model-2.safetensors", False: "model-1.safetensors"}
+        of_shard: dict[str, dict[str, torch.Tensor]] = {file: {} for file in names.values()}
+        for name, value in weights.items():
+            of_shard[names[name.startswith("thinker.compressor.")]][name] = value
+        for file, tensors in of_shard.items():
+            save_file(tensors, hub / file, metadata={"format": "pt"})
+        (hub / "model.safetensors").unlink()
+        places = {name: file for file, tensors in of_shard.items() for name in tensors}
+        (hub / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": places})
+        )
+
+    def fetch(model: str, *, revision: str, allow_patterns: list[str]) -> str:
+        assert (model, revision) in {("a/b", "main"), ("a/b", "c0ffee")}
+        here.mkdir(parents=True, exist_ok=True)
+        for pattern in allow_patterns:
+            for file in hub.glob(pattern):
+                shutil.copy(file, here)
+        return str(here)
+
+    monkeypatch.setattr("omnisift.checkpoint.snapshot_download", fetch)
+    folder = resolve("a/b", weights=False)
+    assert folder == here
+    assert [file.name for file in here.glob("*.safetensors")] == ([shard] if shard else [])
+    assert read_selector(folder).sha256 == read_selector(hub).sha256
+    assert read_selector(folder).trained == (shard is not None)
+    load_tokenizer(folder)
+    assert load_backbone(resolve("a/b")).width == load_backbone(hub).width
+
+
 def test_a_download_is_known_by_its_commit(folder: Path, tmp_path: Path) -> None:
     """Two machines that downloaded the same commit at different times have the same model."""
     commit = "0123456789abcdef0123456789abcdef01234567"
