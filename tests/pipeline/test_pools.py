@@ -100,14 +100,15 @@ def test_what_the_documents_advise_is_accepted(
 def test_the_models_compute_on_gpus_together_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch, only: str
 ) -> None:
+    keys: dict[str, Any] = {only: 0.0}
     describe(monkeypatch, (16, 1))
     with pytest.raises(StartupError, match=r"both pools\.compress_gpus=0 and pools\.answer_gpus=0"):
-        size_pools(PoolsConfig(**{only: 0.0}))
+        size_pools(PoolsConfig(**keys))
     without = size_pools(PoolsConfig(compress_gpus=0.0, answer_gpus=0.0))
     assert not without.uses_gpu
     assert without.answer.of(1)["num_gpus"] is None
     # who only compresses has no answering actor to agree with
-    assert size_pools(PoolsConfig(**{only: 0.0}), answers=False).uses_gpu == (only == "answer_gpus")
+    assert size_pools(PoolsConfig(**keys), answers=False).uses_gpu == (only == "answer_gpus")
     # where there is no GPU, none is what both have anyway
     describe(monkeypatch, (16, 0))
-    assert not size_pools(PoolsConfig(**{only: 0.0})).uses_gpu
+    assert not size_pools(PoolsConfig(**keys)).uses_gpu
