@@ -290,10 +290,12 @@ class PoolsConfig:
     decode_cpus: float = _key(1.0, "CPUs of a decoding actor")
     compress_actors: int = _key(0, "compressing actors; 0: one a GPU, or one without GPUs")
     compress_cpus: float = _key(0.25, "CPUs of a compressing actor")
-    compress_gpus: float = _key(-1.0, "GPUs of a compressing actor; -1: half, if there is any")
+    compress_gpus: float = _key(
+        -1.0, "GPUs of a compressing actor; -1: half, if there is any; 0: CPU"
+    )
     answer_actors: int = _key(0, "answering actors; 0: one a GPU, or one without GPUs")
     answer_cpus: float = _key(0.25, "CPUs of an answering actor")
-    answer_gpus: float = _key(-1.0, "GPUs of an answering actor; -1: half, if there is any")
+    answer_gpus: float = _key(-1.0, "GPUs of an answering actor; -1: half, if there is any; 0: CPU")
     cache_actors: int = _key(0, "cache actors; 0: one a compressor, two where it has a GPU")
     cache_cpus: float = _key(0.1, "CPUs of a cache actor")
 
@@ -304,6 +306,10 @@ class PoolsConfig:
             cpus = getattr(self, f"{stage}_cpus")
             _require(actors >= 0, f"pools.{stage}_actors", "0 or more", actors)
             _require(cpus > 0, f"pools.{stage}_cpus", "positive", cpus)
+        for stage in ("compress", "answer"):
+            gpus = getattr(self, f"{stage}_gpus")
+            known = gpus == -1 or 0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)
+            _require(known, f"pools.{stage}_gpus", "-1, 0 to 1, or a whole number", gpus)
 
 
 @dataclass(frozen=True)

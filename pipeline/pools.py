@@ -73,11 +73,12 @@ class Pools:
 def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
     """Fit the pools into the cluster that Ray is connected to; without `answers` none answers.
 
-    Raises StartupError, with the sums, when the smallest pools do not fit: Ray would wait for
-    ever for room that never comes.
+    Judged by the nodes that are up: pools do not grow into those that come later. Raises
+    StartupError, with the sums, when the smallest pools do not fit: Ray would wait for ever for
+    room that never comes.
     """
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    nodes = _nodes()
+    cpus, gpus = sum(node[0] for node in nodes), sum(node[1] for node in nodes)
     models = max(1, math.floor(gpus))
 
     def model_pool(actors: int, cpus: float, gpus_each: float) -> Pool:
@@ -92,6 +93,12 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
         if answers
         else Pool(0, 0.0)
     )
+    if answers and (compress.gpus > 0) != (answer.gpus > 0):
+        raise StartupError(
+            f"pools: a compressing actor has {compress.gpus:g} GPUs and an answering one "
+            f"{answer.gpus:g}: both compute on GPUs or neither; set both pools.compress_gpus=0 "
+            "and pools.answer_gpus=0, or neither"
+        )
     needed = sum(pool.actors * pool.gpus for pool in (compress, answer))
     if needed > gpus:
         raise StartupError(
@@ -113,4 +120,24 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
             f"{decode.actors * decode.cpus:g}, the other actors {taken:g}, reading {_SPARE_CPUS:g};"
             " add nodes, or lower pools.decode_actors or a pools.*_cpus"
         )
+    _require_a_node(nodes, decode=decode, compress=compress, answer=answer, cache=cache)
     return Pools(decode, compress, write_cache=cache, read_cache=cache, answer=answer, sink=sink)
+
+
+def _nodes() -> list[tuple[float, float]]:
+    """Return the CPUs and the GPUs of each node that is up."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    up = [node["Resources"] for node in nodes if node["Alive"]]
+    return [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in up]
+
+
+def _require_a_node(nodes: list[tuple[float, float]], **pools: Pool) -> None:
+    """Raise StartupError unless one node alone has what an actor takes, for each of the pools."""
+    for stage, pool in pools.items():
+        if not any(pool.cpus <= cpus and pool.gpus <= gpus for cpus, gpus in nodes):
+            takes = f"{pool.cpus:g} CPUs and {pool.gpus:g} GPUs"
+            have = ", ".join(f"{cpus:g} and {gpus:g}" for cpus, gpus in sorted(set(nodes)))
+            raise StartupError(
+                f"pools: an actor of {stage} takes {takes} of one node, and no node has them: the "
+                f"nodes have {have}; lower its pools.{stage}_*, or add larger nodes"
+            )

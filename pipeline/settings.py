@@ -92,8 +92,9 @@ def choose_engine(answer: AnswerConfig, *, uses_gpu: bool) -> Literal["transform
     installed = find_spec("vllm") is not None
     if answer.engine == "vllm" and not installed:
         raise StartupError(
-            "answer.engine=vllm: vLLM is not installed; pip install 'omnisift-pipeline[vllm]', or "
-            "use answer.engine=transformers"
+            "answer.engine=vllm: vLLM is not installed here, where the driver runs; in a fresh "
+            "environment pip install '.[vllm]' from the repository's root, or use "
+            "answer.engine=transformers"
         )
     if answer.engine == "vllm" or (answer.engine == "auto" and uses_gpu and installed):
         return "vllm"

@@ -2,12 +2,14 @@
 
 import ast
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from pipeline import cli
 from pipeline.config import CaptionConfig, CompactConfig, ShowConfig, VerifyConfig
+from pipeline.report import Report
 from pipeline.retry import COSTLY, FINAL
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,13 @@ def test_keys_are_those_of_the_configuration() -> None:
     files = {"report.json", "compact.py", "verify.py"}
     assert {key for key in named if key.partition(".")[0] in groups} <= known
     assert {key for key in named - known if key not in files} == set()
+
+
+def test_alerts_read_what_a_report_has() -> None:
+    (sentence,) = re.findall(r"For alerts read\s(.*?) in\s`<output>", PAGE, re.DOTALL)
+    named = re.findall(r"`(\w+)`", sentence)
+    assert len(named) == 5
+    assert set(named) <= {field.name for field in fields(Report)}
 
 
 def _error_types(source: str) -> set[str]:

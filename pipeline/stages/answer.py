@@ -27,7 +27,8 @@ _ADVICE = {
     "too_long": "shorten the prompt, lower answer.max_new_tokens or cut the video",
     "out_of_memory": "lower compression.retain or give the actor more of the GPU "
     "(pools.answer_gpus)",
-    "bad_tokens": "its tokens are of another model; empty cache.path and run again",
+    "bad_tokens": "its tokens are of another model; use an empty cache.path, once with "
+    "retry.failed=true",
     "engine_died": "the actor's log says why; lower answer.gpu_memory_fraction if it was memory",
 }
 

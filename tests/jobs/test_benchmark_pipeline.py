@@ -42,7 +42,9 @@ def test_the_quick_benchmark_measures_each_stage_and_the_flow(
 def test_decoding_is_held_back_only_where_the_other_stages_leave_no_second_decoding_actor(
     monkeypatch: pytest.MonkeyPatch, gpus: int, fits: bool
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": float(gpus)})
+    resources = {"CPU": 16.0, "GPU": float(gpus)}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources}])
     pools = size_pools(PoolsConfig(), answers=False)
     if not fits:
         with pytest.raises(RuntimeError, match=r"take 1 CPUs.* below 0.8 .*CUDA_VISIBLE_DEVICES=0"):

@@ -69,6 +69,10 @@ WINDOWS = (
         ("pools.compress_cpus", "0", "positive, got 0.0"),
         ("pools.answer_cpus", "-1", "positive, got -1.0"),
         ("pools.cache_cpus", "0", "positive, got 0.0"),
+        ("pools.compress_gpus", "-5", "-1, 0 to 1, or a whole number, got -5.0"),
+        ("pools.compress_gpus", "-0.5", "-1, 0 to 1, or a whole number, got -0.5"),
+        ("pools.answer_gpus", "1.5", "-1, 0 to 1, or a whole number, got 1.5"),
+        ("pools.answer_gpus", "inf", "-1, 0 to 1, or a whole number, got inf"),
         ("storage.attempts", "0", "at least 1, got 0"),
         ("storage.timeout_s", "0", "positive, got 0.0"),
     ],
@@ -97,6 +101,10 @@ def test_a_broken_rule_is_refused_with_field_rule_and_value(
         ("compression.audio_drop", "1"),
         ("cache.codec", "bfloat16"),
         ("pools.decode_cpus", "0.01"),
+        ("pools.compress_gpus", "0"),
+        ("pools.compress_gpus", "-1"),
+        ("pools.answer_gpus", "1"),
+        ("pools.answer_gpus", "2"),
     ],
 )
 def test_the_edge_of_a_rule_is_inside(name: str, value: str) -> None:

@@ -1,17 +1,31 @@
 """Pools on clusters that are only described."""
 
+from typing import Any
+
 import pytest
 import ray
 
 from pipeline.config import PoolsConfig
+from pipeline.errors import StartupError
 from pipeline.pools import size_pools
+
+
+def describe(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[int, int]) -> None:
+    """Let Ray know nodes of so many CPUs and GPUs, and a large one that is gone."""
+    up = [
+        {"Alive": True, "Resources": {"memory": 1e9} | ({"CPU": cpus} if cpus else {}) | gpu}
+        for cpus, gpus in nodes
+        for gpu in [{"GPU": float(gpus)} if gpus else {}]
+    ]
+    gone = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*up, gone])
 
 
 @pytest.mark.parametrize(("gpus", "calls"), [(0, 1), (2, 2)])
 def test_a_gpu_has_two_calls_to_compute_by_turns(
     monkeypatch: pytest.MonkeyPatch, gpus: int, calls: int
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": float(gpus)})
+    describe(monkeypatch, (16, gpus))
     pools = size_pools(PoolsConfig(), answers=False)
     compute = pools.compress.of(4)["compute"]
     assert (compute.min_size, compute.max_size) == (max(1, gpus), max(1, gpus))
@@ -21,3 +35,80 @@ def test_a_gpu_has_two_calls_to_compute_by_turns(
     assert pools.write_cache.actors == max(1, gpus) * calls
     for pool in (pools.decode, pools.write_cache, pools.answer, pools.sink):
         assert pool.calls == 1
+
+
+HEAD = (0, 0)
+FOUR_CARDS = (HEAD, *[(16, 1)] * 4)
+GPUS_APART = (HEAD, (4, 0), (1, 4))  # CPUs enough and GPUs enough, not on one node
+
+
+@pytest.mark.parametrize(
+    ("nodes", "keys", "stage", "takes"),
+    [
+        (
+            FOUR_CARDS,
+            {"answer_gpus": 2.0, "answer_actors": 1, "compress_actors": 2},
+            "answer",
+            "0.25 CPUs and 2 GPUs",
+        ),
+        ([(2, 0), (2, 0)], {"decode_cpus": 3.0}, "decode", "3 CPUs and 0 GPUs"),
+        (
+            GPUS_APART,
+            {"compress_cpus": 1.5, "compress_actors": 1, "answer_actors": 1, "decode_actors": 1},
+            "compress",
+            "1.5 CPUs and 0.5 GPUs",
+        ),
+        ([(2, 0)] * 8, {"cache_cpus": 2.5}, "cache", "2.5 CPUs and 0 GPUs"),
+    ],
+)
+def test_an_actor_that_no_node_can_hold_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[tuple[int, int]],
+    keys: dict[str, Any],
+    stage: str,
+    takes: str,
+) -> None:
+    describe(monkeypatch, *nodes)
+    with pytest.raises(StartupError, match=rf"pools: an actor of {stage} takes {takes} of one"):
+        size_pools(PoolsConfig(**keys))
+    # the same sums on one node: what was missing is the node
+    describe(monkeypatch, (sum(cpus for cpus, _ in nodes), sum(gpus for _, gpus in nodes)))
+    size_pools(PoolsConfig(**keys))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "keys"),
+    [
+        # docs/engines.md: three groups of two GPUs, two GPUs for compressing
+        (
+            [(64, 8)],
+            {"answer_gpus": 2.0, "answer_actors": 3, "compress_gpus": 1.0, "compress_actors": 2},
+        ),
+        # docs/operations.md: two compressors on each GPU
+        (FOUR_CARDS, {"compress_gpus": 0.25, "compress_actors": 8}),
+    ],
+)
+def test_what_the_documents_advise_is_accepted(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[tuple[int, int]], keys: dict[str, Any]
+) -> None:
+    describe(monkeypatch, *nodes)
+    pools = size_pools(PoolsConfig(**keys))
+    assert pools.compress.actors == keys["compress_actors"]
+
+
+@pytest.mark.parametrize("only", ["compress_gpus", "answer_gpus"])
+def test_the_models_compute_on_gpus_together_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, only: str
+) -> None:
+    keys: dict[str, Any] = {only: 0.0}
+    describe(monkeypatch, (16, 1))
+    with pytest.raises(StartupError, match=r"both pools\.compress_gpus=0 and pools\.answer_gpus=0"):
+        size_pools(PoolsConfig(**keys))
+    without = size_pools(PoolsConfig(compress_gpus=0.0, answer_gpus=0.0))
+    assert not without.uses_gpu
+    assert without.answer.of(1)["num_gpus"] is None
+    # who only compresses has no answering actor to agree with
+    assert size_pools(PoolsConfig(**keys), answers=False).uses_gpu == (only == "answer_gpus")
+    # where there is no GPU, none is what both have anyway
+    describe(monkeypatch, (16, 0))
+    assert not size_pools(PoolsConfig(**keys)).uses_gpu
