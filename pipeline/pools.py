@@ -77,7 +77,7 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
     StartupError, with the sums, when the smallest pools do not fit: Ray would wait for ever for
     room that never comes.
     """
-    nodes = _nodes()
+    nodes = nodes_up()
     cpus, gpus = sum(node[0] for node in nodes), sum(node[1] for node in nodes)
     models = max(1, math.floor(gpus))
 
@@ -124,7 +124,7 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
     return Pools(decode, compress, write_cache=cache, read_cache=cache, answer=answer, sink=sink)
 
 
-def _nodes() -> list[tuple[float, float]]:
+def nodes_up() -> list[tuple[float, float]]:
     """Return the CPUs and the GPUs of each node that is up."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     up = [node["Resources"] for node in nodes if node["Alive"]]

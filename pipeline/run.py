@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -30,7 +29,7 @@ from pipeline.gone_videos import (
 from pipeline.lease import Lease, hold
 from pipeline.manifest import is_manifest
 from pipeline.plan import plan, plan_compression
-from pipeline.pools import Pools, size_pools
+from pipeline.pools import Pools, nodes_up, size_pools
 from pipeline.report import Report, make_report, write_report
 from pipeline.settings import Settings, make_settings
 from pipeline.stages.source import WorkCounts, WorkList, list_work
@@ -83,8 +82,7 @@ def _run(
         selector = read_selector(folder, config.compression.selector)
         warnings = _warn_of_selector(config, selector)
         start_ray()
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        if sum(node["Alive"] for node in nodes) == 1:
+        if len(nodes_up()) == 1:
             # The actors' machine is this one: fetched before they start, and once.
             resolve(config.model, config.revision)
     except CheckpointError as error:
