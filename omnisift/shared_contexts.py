@@ -94,17 +94,12 @@ class SharedContexts:
             embeds_CNSD[row, place, start:] = branch.embeds
             positions_3CNS[:, row, place, start:] = branch.positions
             real_CNS[row, place, start:] = True
-        own_NN = torch.eye(most, dtype=torch.bool)
-        before_SS = torch.ones(longest, longest, dtype=torch.bool).tril()
-        seen = own_NN[:, None, :, None] & before_SS[None, :, None] & real_CNS[:, None, None]
-        seen_CNSK = torch.cat(
-            [self._context_seen[:, None, None].expand(*shape, -1), seen.flatten(3).to(device)],
-            dim=3,
-        )
+        of_context = self._context_seen[:, None, None].expand(*shape, -1)
+        seen_CNSK = torch.cat([of_context, _seen_of_branches(real_CNS).to(device)], dim=3)
         positions = positions_3CNS.to(device)
         self._places = torch.tensor(places, device=device).unbind(1)
         self._seen_CNK = seen_CNSK[:, :, -1]  # a branch's last token sees all of it
-        self._own_CNN = own_NN.expand(len(taken), -1, -1).to(device)
+        self._own_CNN = torch.eye(most, dtype=torch.bool, device=device).expand(len(taken), -1, -1)
         self._positions_3CN = positions[..., -1]
         hidden = self._backbone.forward_text(
             embeds_CNSD.flatten(1, 2),
@@ -125,6 +120,15 @@ class SharedContexts:
             embeds_CND, self._seen_CNK[:, None], self._positions_3CN, self._cache
         )
         return hidden[self._places]
+
+
+def _seen_of_branches(real_CNS: Tensor) -> Tensor:
+    """Return which tokens of all branches each one sees [C, N, S, N * S]: its own before it."""
+    _, most, longest = real_CNS.shape
+    own_NN = torch.eye(most, dtype=torch.bool)
+    before_SS = torch.ones(longest, longest, dtype=torch.bool).tril()
+    seen = own_NN[:, None, :, None] & before_SS[None, :, None] & real_CNS[:, None, None]
+    return seen.flatten(3)
 
 
 def _padded(states_BHLd: Tensor, length: int) -> Tensor:

@@ -159,6 +159,17 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_sliding_window_is_refused(folder: Path) -> None:
+    """Our masks know of no window: answers would be other than the model's."""
+    config = json.loads((folder / "config.json").read_text())
+    text = config["thinker_config"]["text_config"]
+    text |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    text.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json: an LLM that sees a sliding window"):
+        load_backbone(folder)
+
+
 def test_neither_folder_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match="neither a folder here nor a hub id"):
