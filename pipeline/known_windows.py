@@ -92,6 +92,8 @@ def windows_left(video: Mapping[str, Any], found: KnownWindows, done: Done) -> W
     kinds: set[str] = set()
     work: list[tuple[str, dict[str, Any]]] = []
     skip: list[int] = []
+    # Prompts that some part has no answer to, and no tokens for one.
+    missing = [] if found.complete else [*video["prompts"]]
     attempts, answered = done.attempts([video["video_key"]]), 0
     for number, window in sorted(found.windows.items()):
         asks = [ask_of(window.key, prompt) for prompt in video["prompts"]]
@@ -116,11 +118,21 @@ def windows_left(video: Mapping[str, Any], found: KnownWindows, done: Done) -> W
             work.append(("failed", failure.of({**row, "attempts": window.attempts})))
         else:
             attempts.append(window.attempts)
+            missing += new
             continue
         skip.append(number)
     if not found.complete or len(skip) < len(found.windows):
-        if done.given_up(video["video_key"]):  # of what no run has seen
+        failure = done.given_up(video["video_key"])
+        if failure:  # of what is left: a new question about it fails with it once
             kinds.add("given_up")
+            new = [
+                prompt
+                for prompt in video["prompts"]
+                if prompt in missing and not done.ask_given_up(*ask_of(video["video_key"], prompt))
+            ]
+            if new:
+                row = {**video, "prompts": new, "attempts": attempts[0]}
+                work.append(("failed", failure.of(row)))
         else:
             fresh = {**video, "attempts": max(attempts) + 1, "skip_windows": skip}
             work.append(("fresh", fresh))

@@ -1,8 +1,13 @@
 """Which of the rows of all runs readers see: exactly one for each (video_key, prompt_id)."""
 
+from collections import defaultdict
+from datetime import datetime
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from pipeline.keys import window_key
 
 # `status` of a row that says that its uri's object is gone. Of such a row readers see nothing.
 DELETED = "deleted"
@@ -20,7 +25,7 @@ def current_of_uris(table: pa.Table) -> pa.Table:
 
 def seen_of_objects(table: pa.Table) -> pa.Table:
     """Do the second half, for which all rows of an object are needed that the first half kept."""
-    return _latest(_uncut(table))
+    return _uncut(_latest(table))
 
 
 def undeleted(table: pa.Table) -> pa.Table:
@@ -62,17 +67,48 @@ def _versions(table: pa.Table) -> pa.ChunkedArray:
 
 
 def _uncut(table: pa.Table) -> pa.Table:
-    """Drop failures of whole videos that a later run has cut into windows after all."""
-    in_windows = pc.is_valid(table.column("start_s"))
-    if not pc.any(in_windows).as_py():
-        return table
-    own = table.append_column("object", objects(table))
-    last = own.filter(in_windows).group_by("object").aggregate([("created_at", "max")])
-    place = pc.index_in(own.column("object"), last.column("object").combine_chunks())
-    cut_at = pc.take(last.column("created_at_max"), place)
-    superseded = pc.less(table.column("created_at"), cut_at)
-    hidden = pc.and_(pc.invert(in_windows), pc.fill_null(superseded, False))
-    return table.filter(pc.invert(hidden))
+    """Drop the rows of whole videos whose windows all have a row of their own, one of them later.
+
+    A worker that dies behind some windows fails the whole video for the others: that failure is all
+    that readers see of them, until the same question has been put to the last of them.
+    """
+    place = pa.array(np.arange(table.num_rows))
+    own = table.select(["video_key", "window_s", "start_s", "prompt_id", "created_at"])
+    own = own.append_column("object", objects(table)).append_column("place", place)
+    in_windows = pc.is_valid(own.column("start_s"))
+    whole, windows = own.filter(pc.invert(in_windows)), own.filter(in_windows)
+    whole = whole.filter(_is_one_of(whole, windows))
+    windows = windows.filter(_is_one_of(windows, whole))
+    all_since = _all_windows_since(windows)
+    hidden = [
+        row["place"]
+        for row in whole.to_pylist()
+        for since in all_since.get((row["object"], row["prompt_id"]), ())
+        if row["created_at"] < since
+    ]
+    return table.filter(pc.invert(pc.is_in(place, pa.array(hidden, pa.int64()))))
+
+
+def _is_one_of(table: pa.Table, others: pa.Table) -> pa.ChunkedArray:
+    return pc.is_in(table.column("object"), others.column("object").combine_chunks())
+
+
+def _all_windows_since(windows: pa.Table) -> dict[tuple[str, str], list[datetime]]:
+    """Return when the latest row was written, of each question that all windows have a row for.
+
+    It is a list, since a copy of an object may have been cut in another way.
+    """
+    of_question = defaultdict(list)
+    for row in windows.to_pylist():
+        of_question[(row["object"], row["prompt_id"], row["window_s"])].append(row)
+    since = defaultdict(list)
+    for (key, prompt_id, window_s), found in of_question.items():
+        numbers = {round(row["start_s"] / window_s) for row in found}
+        last = max(numbers)
+        ends = window_key(key, window_s, last, last=True) in {row["video_key"] for row in found}
+        if ends and len(numbers) == last + 1:
+            since[(key, prompt_id)].append(max(row["created_at"] for row in found))
+    return since
 
 
 def newest_of_uri(table: pa.Table) -> pa.Table:

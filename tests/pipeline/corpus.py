@@ -57,7 +57,8 @@ class Corpus:
         folder = join(config.output, run_id)
 
         token_cache.write_fingerprint(STORAGE, cache, ingredients)
-        done = AnswerIndex(STORAGE, config.output, fingerprint=fingerprint)
+        tries = 0 if config.retry.failed else config.retry.max_attempts
+        done = AnswerIndex(STORAGE, config.output, fingerprint=fingerprint, max_attempts=tries)
         cached = CacheIndex(STORAGE, cache)
         roll_call = None
         if not is_manifest(config.source):

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +13,17 @@ from jobs.show_answers import choose, span
 from pipeline import keys, rows
 from pipeline.answers import read_answers
 from pipeline.compact_answers import compact_answers
-from pipeline.config import AnswerConfig, MediaConfig, ShowConfig, SyncConfig, TrainConfig
+from pipeline.config import (
+    AnswerConfig,
+    MediaConfig,
+    RetryConfig,
+    ShowConfig,
+    SyncConfig,
+    TrainConfig,
+)
 from pipeline.media_windows import cut
 from pipeline.parquet import read_columns
+from pipeline.readers_view import seen_by_readers
 from pipeline.report import Report, render
 from pipeline.storage import join
 from pipeline.token_cache import CacheIndex, find_folders
@@ -52,10 +61,28 @@ def run(corpus: Corpus, **how: object) -> Report:
     return report
 
 
+def in_order(span: tuple[str, float | None, float | None, str]) -> tuple[str, float, float]:
+    return span[0], span[1] or 0.0, span[2] or 0.0
+
+
 def fault_free(corpus: Corpus) -> None:
     assert list(verify_output(STORAGE, corpus.config.output)) == []
     for folder in find_folders(STORAGE, corpus.config.cache_root):
         assert list(verify_cache(STORAGE, folder)) == []
+
+
+def compaction_changes_nothing(corpus: Corpus) -> None:
+    before = read_answers(corpus.config.output, STORAGE)
+    later = datetime.now(UTC) + timedelta(days=1)
+    for _ in range(2):
+        done = compact_answers(
+            STORAGE, corpus.config.output, target_bytes=1 << 20, grace_s=0.0, now=later
+        )
+    assert done.deleted > 0
+    order = [("video_key", "ascending"), ("prompt_id", "ascending")]
+    after = read_answers(corpus.config.output, STORAGE)
+    assert after.sort_by(order).equals(before.sort_by(order))
+    fault_free(corpus)
 
 
 @pytest.mark.parametrize(
@@ -218,17 +245,7 @@ def test_compaction_keeps_what_readers_see(cut_corpus: Corpus) -> None:
     cut_corpus.poison = {}
     run(cut_corpus)
     run(cut_corpus, answer=AnswerConfig(prompt="Who?"))
-    before = read_answers(cut_corpus.config.output, STORAGE)
-    later = datetime.now(UTC) + timedelta(days=1)
-    for _ in range(2):
-        done = compact_answers(
-            STORAGE, cut_corpus.config.output, target_bytes=1 << 20, grace_s=0.0, now=later
-        )
-    assert done.deleted > 0
-    order = [("video_key", "ascending"), ("prompt_id", "ascending")]
-    after = read_answers(cut_corpus.config.output, STORAGE)
-    assert after.sort_by(order).equals(before.sort_by(order))
-    fault_free(cut_corpus)
+    compaction_changes_nothing(cut_corpus)
     assert run(cut_corpus).videos == 0
 
 
@@ -243,25 +260,98 @@ def test_a_whole_failure_is_seen_until_windows_follow_it(cut_corpus: Corpus) -> 
     assert run(cut_corpus).videos == 0
 
 
-def test_a_video_that_dies_behind_some_of_its_windows_is_accounted_for(cut_corpus: Corpus) -> None:
-    """Its windows went on before its worker died, then it failed as a whole."""
-    compress = cut_corpus.compress
+def dies_behind(corpus: Corpus, end_s: float) -> None:
+    """Let b.mp4's worker die at `end_s`: what is before went on, then it fails as a whole."""
+    compress = corpus.compress
 
     def dying(block: pa.Table) -> pa.Table:
         made = compress(block).to_pylist()
-        own = [row for row in made if row["uri"].endswith("b.mp4")]
-        row = {**own[0], "video_key": own[0]["object_key"], "start_s": None, "windows": None}
-        row |= {"tokens": None}
-        failed = rows.failed(row, "decode", "worker_crash", "died")
-        return rows.build([r for r in made if r not in own[2:]] + [failed], rows.KEPT)
+        lost = [row for row in made if (row["start_s"] or 0.0) >= end_s]
+        for row in lost[:1]:
+            whole = {**row, "video_key": row["object_key"], "start_s": None, "windows": None}
+            made.append(rows.failed({**whole, "tokens": None}, "decode", "worker_crash", "died"))
+        return rows.build([row for row in made if row not in lost], rows.KEPT)
 
-    cut_corpus.compress = dying  # type: ignore[method-assign]
+    corpus.compress = dying  # type: ignore[method-assign]
+
+
+DIED = [*WHOLE, ("b.mp4", None, None, "failed"), *FOUR[:2], *BROKEN]
+
+
+def test_a_video_that_dies_behind_some_of_its_windows_is_accounted_for(cut_corpus: Corpus) -> None:
+    compress = cut_corpus.compress
+    dies_behind(cut_corpus, 8.0)
     report = run(cut_corpus)
     assert (report.videos, report.videos_failed, report.source.fresh) == (5, 1, 3)
+    assert cut_corpus.spans() == DIED
     cut_corpus.compress = compress  # type: ignore[method-assign]
     run(cut_corpus)
     assert cut_corpus.compressed == ["b.mp4 8", "b.mp4 12"]
     assert cut_corpus.spans() == ALL
+
+
+def test_the_failure_of_a_remainder_is_seen_until_each_question_has_been_put_to_all_of_it(
+    cut_corpus: Corpus,
+) -> None:
+    who = AnswerConfig(prompt="Who?")
+    compress = cut_corpus.compress
+    dies_behind(cut_corpus, 8.0)
+    for _ in range(2):
+        run(cut_corpus)
+        assert cut_corpus.spans() == DIED
+    asked = run(cut_corpus, answer=who)  # its third death, and the first two windows' new answers
+    assert (asked.answers_ok, asked.failed_by_type) == (4, {"worker_crash": 1})
+    assert cut_corpus.spans() == sorted(DIED * 2, key=in_order)
+    fault_free(cut_corpus)
+
+    # Given up: a question is told so once.
+    what = run(cut_corpus, answer=AnswerConfig(prompt="What?"))
+    assert (what.source.cached, what.source.windows, what.answers_ok) == (3, 2, 4)
+    assert what.failed_by_type == {"worker_crash": 1}
+    assert cut_corpus.spans() == sorted(DIED * 3, key=in_order)
+    again = run(cut_corpus, answer=AnswerConfig(prompt="What?"))
+    assert (again.source.given_up, again.source.answered, again.videos) == (1, 2, 0)
+    fault_free(cut_corpus)
+    compaction_changes_nothing(cut_corpus)
+
+    cut_corpus.compress = compress  # type: ignore[method-assign]
+    cut_corpus.config = replace(cut_corpus.config, retry=RetryConfig(failed=True))
+    run(cut_corpus, answer=who)
+    assert cut_corpus.compressed == ["b.mp4 8", "b.mp4 12"]
+    assert cut_corpus.spans() == sorted([*DIED, *DIED, *ALL], key=in_order)
+    compaction_changes_nothing(cut_corpus)
+    run(cut_corpus)
+    run(cut_corpus, answer=AnswerConfig(prompt="What?"))
+    assert cut_corpus.compressed == []
+    assert cut_corpus.spans() == sorted(ALL * 3, key=in_order)
+
+
+@pytest.mark.parametrize("dated", [(10, 10), (10, 15), (15, 10), (15, 15)])
+def test_the_failure_of_a_remainder_is_seen_whatever_the_sink_dates_first(
+    dated: tuple[int, int],
+) -> None:
+    day = datetime(2026, 1, 1, tzinfo=UTC)
+    video = keys.missing_key("b.mp4")
+    shared = {"object_key": video, "window_s": 4.0, "uri": "b.mp4"}
+
+    def window(number: int, at_s: float, prompt: str = "q1") -> dict[str, Any]:
+        key = keys.window_key(video, 4.0, number, last=number == 3)
+        own = {"video_key": key, "start_s": 4.0 * number, "prompt_id": prompt, "status": "ok"}
+        return {**shared, **own, "created_at": day + timedelta(seconds=at_s)}
+
+    died: dict[str, Any] = {**shared, "video_key": video, "prompt_id": "q1", "status": "failed"}
+    died |= {"error_stage": "decode", "created_at": day + timedelta(seconds=12)}
+    one_run = [window(0, dated[0]), window(1, dated[1]), died]
+
+    def is_seen(*later: dict[str, Any]) -> bool:
+        seen = seen_by_readers(rows.build([*one_run, *later], rows.ANSWERS)).to_pylist()
+        return ("q1", None) in {(row["prompt_id"], row["start_s"]) for row in seen}
+
+    assert is_seen()
+    assert is_seen(window(2, 90))  # the last is missing
+    assert is_seen(window(3, 90))  # the one before it is
+    assert is_seen(*(window(number, 90, "q2") for number in range(4)))
+    assert not is_seen(window(2, 90), window(3, 91))
 
 
 def test_a_lost_window_is_a_bug_that_the_report_raises(cut_corpus: Corpus) -> None:
