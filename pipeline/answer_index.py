@@ -18,7 +18,7 @@ from pipeline import key_index, rows
 from pipeline.answers import find_files, is_answers
 from pipeline.parquet import UNREADABLE, count_rows, read_columns, read_each
 from pipeline.readers_view import current_of_uris, objects, seen_of_objects
-from pipeline.retry import is_given_up
+from pipeline.retry import counts, is_given_up
 from pipeline.spilled_rows import SpilledRows
 from pipeline.storage import Storage, StorageError
 
@@ -79,7 +79,8 @@ class AnswerIndex:
         files = find_files(output, storage)
         uris = [uri for uri in (*files.committed, *files.orphans) if is_answers(uri)]
         self.unreadable: list[str] = []
-        self._attempts: dict[str, int] = {}
+        # That count, of each video that failed in any way; of questions by their ask_key.
+        self._attempts: dict[str | bytes, int] = {}
         self._given_up: dict[str, Failure] = {}
         self._asks_given_up: set[bytes] = set()
         # Rows written from now on are later than all there are, whatever this machine's clock says.
@@ -130,10 +131,14 @@ class AnswerIndex:
 
     def _remember(self, row: dict[str, Any], max_attempts: int) -> None:
         key, attempts = row["video_key"], row["attempts"]
-        self._attempts[key] = max(self._attempts.get(key, 0), attempts)
+        alone = row["error_stage"] == "answer"  # which fails a prompt, not the video
+        self._attempts.setdefault(key, 0)
+        if counts(row["error_type"]):
+            failed = row["ask"] if alone else key
+            self._attempts[failed] = max(self._attempts.get(failed, 0), attempts)
         if max_attempts and is_given_up(row["error_type"], attempts, max_attempts=max_attempts):
             self._asks_given_up.add(row["ask"])
-            if row["error_stage"] != "answer":  # which fails a prompt, not the video
+            if not alone:
                 self._given_up[key] = Failure(
                     row["error_stage"], row["error_type"], row["error_message"]
                 )
@@ -158,9 +163,18 @@ class AnswerIndex:
         """Say whether a question already has the failure that it would get again."""
         return ask_key(video_key, prompt_id, prompt, choices) in self._asks_given_up
 
-    def attempts(self, video_keys: Sequence[str]) -> list[int]:
-        """Return how often each video has been tried and has failed."""
-        return [self._attempts.get(key, 0) for key in video_keys]
+    def attempts(self, video_key: str, prompts: Sequence[Mapping[str, Any]] = ()) -> int:
+        """Return how often a video, or one of these prompts of it, has failed in a way that counts.
+
+        Which ways do is up to pipeline.retry.
+        """
+        failed: list[str | bytes] = [video_key]
+        failed += [ask_key(*ask_of(video_key, prompt)) for prompt in prompts]
+        return max(self._attempts.get(each, 0) for each in failed)
+
+    def has_failed(self, video_key: str) -> bool:
+        """Say whether a video, or a question about it, has ever failed."""
+        return video_key in self._attempts
 
 
 # Which object readers see of a uri; the key is that of the video, also where it is cut in windows.

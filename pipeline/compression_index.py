@@ -20,6 +20,7 @@ class CompressionIndex:
         self.given_up = done.given_up
         self.ask_given_up = done.ask_given_up
         self.attempts = done.attempts
+        self.has_failed = done.has_failed
 
     def answered(self, asks: Sequence[Ask]) -> npt.NDArray[np.bool_]:
         """Say for each question whether the video has its tokens."""

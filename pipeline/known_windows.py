@@ -23,7 +23,6 @@ class KnownWindow:
 
     key: str
     place: Location | None  # of its tokens
-    attempts: int  # that failed
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,12 @@ def known_windows(video: dict[str, Any], done: Done, cached: CacheIndex) -> Know
         names = [key for _, _, key in candidates]
         asks = [ask_of(key, prompt) for key in names for prompt in video["prompts"]]
         answered = np.any(np.reshape(done.answered(asks), (len(names), -1)), axis=1).tolist()
-        found = zip(candidates, cached.locate(names), done.attempts(names), answered, strict=True)
+        found = zip(candidates, cached.locate(names), answered, strict=True)
         end = None
         before = len(windows)
-        for (number, last, key), place, attempts, has_answer in found:
-            if place is not None or attempts or has_answer:
-                windows[number] = KnownWindow(key, place, attempts)
+        for (number, last, key), place, has_answer in found:
+            if place is not None or has_answer or done.has_failed(key):
+                windows[number] = KnownWindow(key, place)
                 if last:
                     end = number + 1
         if end is not None:
@@ -94,7 +93,8 @@ def windows_left(video: Mapping[str, Any], found: KnownWindows, done: Done) -> W
     skip: list[int] = []
     # Prompts that some part has no answer to, and no tokens for one.
     missing = [] if found.complete else [*video["prompts"]]
-    attempts, answered = done.attempts([video["video_key"]]), 0
+    attempts = [done.attempts(video["video_key"], video["prompts"])]
+    answered = 0
     for number, window in sorted(found.windows.items()):
         asks = [ask_of(window.key, prompt) for prompt in video["prompts"]]
         asked = list(zip(video["prompts"], asks, done.answered(asks), strict=True))
@@ -107,7 +107,7 @@ def windows_left(video: Mapping[str, Any], found: KnownWindows, done: Done) -> W
             "video_key": window.key,
             "start_s": number * video["window_s"],
             "prompts": new,
-            "attempts": window.attempts + 1,
+            "attempts": done.attempts(window.key, new) + 1,
         }
         if not new:
             kinds.add("given_up" if left else "answered")
@@ -115,9 +115,9 @@ def windows_left(video: Mapping[str, Any], found: KnownWindows, done: Done) -> W
             place = {"cache_file": window.place.file, "cache_row": window.place.row}
             work.append(("cached", {**row, **place}))
         elif failure:
-            work.append(("failed", failure.of({**row, "attempts": window.attempts})))
+            work.append(("failed", failure.of({**row, "attempts": row["attempts"] - 1})))
         else:
-            attempts.append(window.attempts)
+            attempts.append(row["attempts"] - 1)
             missing += new
             continue
         skip.append(number)

@@ -22,6 +22,8 @@ FINAL = frozenset(
     {"bad_tokens", "decode_error", "no_video_stream", "not_a_video", "too_long", "truncated"}
 )
 # The video may be poison, or the machine was short of something: tried `retry.max_attempts` times.
+# What fails in `answer` counts for the question alone, or for those of a video that are asked with
+# it; all else for the video.
 COSTLY = frozenset(
     {
         "decode_crash",
@@ -32,7 +34,8 @@ COSTLY = frozenset(
         "worker_crash",
     }
 )
-# Everything else (storage, credentials, disks, limits of the configuration) every run tries.
+# Everything else (storage, credentials, disks, limits of the configuration) every run tries, and it
+# does not count.
 
 
 def passes(status: int, code: str) -> bool:
@@ -40,8 +43,13 @@ def passes(status: int, code: str) -> bool:
     return status >= 500 or status == 429 or code in BUSY
 
 
+def counts(error_type: str) -> bool:
+    """Return whether a try that ended so is one of `retry.max_attempts`."""
+    return error_type in FINAL or error_type in COSTLY
+
+
 def is_given_up(error_type: str, attempts: int, *, max_attempts: int) -> bool:
-    """Return whether a failure of this type, after that many attempts, is left alone."""
+    """Return whether a failure of this type, after that many attempts that count, is left alone."""
     return error_type in FINAL or (error_type in COSTLY and attempts >= max_attempts)
 
 

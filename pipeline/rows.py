@@ -29,7 +29,7 @@ IDENTITY = pa.schema(
         ("size_bytes", pa.int64()),
         ("etag", pa.string()),  # "" for local files
         ("prompts", pa.list_(PROMPT)),
-        ("attempts", pa.int32()),  # this run included
+        ("attempts", pa.int32()),  # those that count (pipeline.retry), and this run's
         ("window_s", pa.float64()),  # media.window_s of the run; null: videos are not cut
         ("start_s", pa.float64()),  # where the window begins in the video; null: it is whole
         ("windows", pa.int32()),  # rows that decode made of the video in this run; null: this one
@@ -135,7 +135,7 @@ ANSWERS = pa.schema(
         ("error_stage", pa.string()),
         ("error_type", pa.string()),
         ("error_message", pa.string()),
-        ("attempts", pa.int32()),
+        ("attempts", pa.int32()),  # as above
         ("num_prompt_tokens", pa.int32()),
         ("num_output_tokens", pa.int32()),
         ("finish_reason", pa.string()),

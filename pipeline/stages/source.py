@@ -121,9 +121,8 @@ def _sorted_out(
     """
     asks = [ask_of(video["video_key"], prompt) for video in chunk for prompt in video["prompts"]]
     answered = iter(done.answered(asks))
-    video_keys = [video["video_key"] for video in chunk]
-    places = cached.locate(video_keys)
-    for video, place, attempts in zip(chunk, places, done.attempts(video_keys), strict=True):
+    places = cached.locate([video["video_key"] for video in chunk])
+    for video, place in zip(chunk, places, strict=True):
         left = [prompt for prompt in video["prompts"] if not next(answered)]
         found: KnownWindows | None = None
         if window_s:
@@ -141,6 +140,7 @@ def _sorted_out(
         new = [
             prompt for prompt in left if not done.ask_given_up(*ask_of(video["video_key"], prompt))
         ]
+        attempts = done.attempts(video["video_key"], new)
         row = {**video, "prompts": new, "attempts": attempts + 1}
         failure = done.given_up(video["video_key"])
         if not new:

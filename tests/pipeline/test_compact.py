@@ -298,7 +298,7 @@ def test_answers_are_seen_once_after_every_step_and_every_kill(tmp_path: Path) -
         look()
         index = AnswerIndex(STORAGE, str(output), fingerprint="f")
         assert index.answered([(_key("a2"), "p", "p?"), (_key("c1"), "p", "p?")]).tolist() == [1, 0]
-        assert index.attempts([_key("c1")]) == [3]
+        assert index.attempts(_key("c1")) == 3
         # the next run may adopt what a killed compaction left
         commit(STORAGE, str(output), "20990101T000000Z-0", index.orphans)
         look()

@@ -2,12 +2,17 @@
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from jobs import show_answers
+from pipeline import rows
 from pipeline.answer_index import AnswerIndex
 from pipeline.answers import list_output, read_answers
+from pipeline.compact_answers import compact_answers
 from pipeline.config import AnswerConfig, StorageConfig
 from pipeline.errors import StartupError
 from pipeline.storage import Storage, join
@@ -63,6 +68,49 @@ def test_a_costly_failure_is_tried_a_number_of_times(corpus: Corpus) -> None:
         corpus.run()
     assert corpus.compressed.count("broken.mp4") == 3
     assert corpus.seen() == GOOD
+
+
+def test_nights_of_trouble_with_the_store_do_not_count(corpus: Corpus) -> None:
+    nights = ["forbidden", "forbidden", "decode_timeout", "storage_error", "decode_crash"]
+    tries, attempts = [], []
+    for night in [*nights, "forbidden", "decode_timeout", "decode_timeout", "decode_timeout"]:
+        corpus.broken, corpus.compressed = night, []
+        corpus.run()
+        tries.append(corpus.compressed.count("broken.mp4"))
+        attempts.append(max(row["attempts"] for row in _failures(corpus)))
+        later = datetime.now(UTC) + timedelta(days=1)
+        output = corpus.config.output
+        compact_answers(STORAGE, output, target_bytes=1 << 20, grace_s=0.0, now=later)
+    assert tries == [1, 1, 1, 1, 1, 1, 1, 0, 0]  # up to the third costly one
+    assert attempts == [1, 1, 1, 2, 2, 3, 3, 3, 3]
+
+
+def test_a_question_that_kills_the_engine_counts_for_itself(corpus: Corpus) -> None:
+    answer = corpus.answer
+    asked: list[tuple[str, str]] = []
+
+    def dying(block: pa.Table) -> pa.Table:
+        answered = answer(block).to_pylist()
+        for row in answered:
+            if row["uri"].endswith("b.mp4") and row["error_type"] is None:
+                asked.append((row["uri"][-5:], row["prompts"][0]["prompt"]))
+                row["answers"] = [
+                    {"prompt_id": each["prompt_id"], "error_type": "engine_died"}
+                    for each in row["prompts"]
+                ]
+        return rows.build(answered, rows.ANSWERED)
+
+    corpus.answer = dying  # type: ignore[method-assign]
+    for prompt in ("Who?", "What?"):
+        asked.clear()
+        for _ in range(5):
+            corpus.run(answer=AnswerConfig(prompt=prompt))
+        assert asked == [("b.mp4", prompt)] * 3
+
+
+def _failures(corpus: Corpus) -> list[dict[str, Any]]:
+    table = read_answers(corpus.config.output, STORAGE)
+    return [row for row in table.to_pylist() if row["status"] == "failed"]
 
 
 def test_another_question_reads_the_tokens_and_compresses_nothing(corpus: Corpus) -> None:

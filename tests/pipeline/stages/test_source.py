@@ -473,7 +473,8 @@ def test_a_failed_video_is_tried_again_and_counted(corpus: Corpus) -> None:
     corpus.add("a.mp4")
     prompt_id = keys.prompt_id(DEFAULT)
     for attempts in (2, 1):
-        corpus.answer(corpus.key("a.mp4"), prompt_id, DEFAULT, status="failed", attempts=attempts)
+        failure = {"status": "failed", "error_type": "decode_timeout", "attempts": attempts}
+        corpus.answer(corpus.key("a.mp4"), prompt_id, DEFAULT, **failure)
     (row,) = _rows(corpus.work().fresh)
     assert row["attempts"] == 3
 
