@@ -129,6 +129,13 @@ def _named(
                 broken.append(broken_line(config.source, ask["line"], "it has no prompt"))
                 continue
             video_key = video_key or ask["video_key"]
+            if ask["video_key"] not in (None, video_key):
+                message = (
+                    f"video_key {ask['video_key']} is another version of {uri} than {video_key}, "
+                    "which another line names; readers see one, so ask about one"
+                )
+                broken.append(broken_line(config.source, ask["line"], message))
+                continue
             text = default["prompt"] if ask["prompt"] is None else ask["prompt"]
             choices = json.loads(ask["choices"]) if ask["choices"] else None
             name = ask["prompt_id"] or keys.prompt_id(text, choices)

@@ -207,6 +207,34 @@ def test_a_key_of_an_object_that_is_away_is_answered_from_the_cache(
     assert corpus.asked == [("b.mp4", "Who?")]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_versions_of_a_video_are_not_asked_together(corpus: Corpus, first: int) -> None:
+    versions = []
+    for content in (b"b.mp4", b"B.mp4"):
+        corpus.put("videos/b.mp4", content)
+        corpus.run()
+        seen = read_answers(corpus.config.output, STORAGE).to_pylist()
+        versions += [row["video_key"] for row in seen if row["uri"].endswith("b.mp4")]
+    assert len(set(versions)) == 2
+    STORAGE.delete(join(corpus.root, "videos/b.mp4"))  # now nothing says which is the current one
+    asked, other = versions[first], versions[1 - first]
+    lines = f"video_key,prompt\n{asked},Who?\n{other},What?\n{asked},Where?\n"
+    corpus.put("videos/asked.csv", lines.encode())
+    source = join(corpus.root, "videos/asked.csv")
+    corpus.config = replace(corpus.config, source=source)
+    corpus.asked = []
+    report = corpus.run()
+    assert report is not None
+    assert corpus.asked == [("b.mp4", "Who?"), ("b.mp4", "Where?")]
+    answers = read_answers(corpus.config.output, STORAGE).to_pylist()
+    keys_of = {row["prompt"]: row["video_key"] for row in answers if row["status"] == "ok"}
+    assert (keys_of["Who?"], keys_of["Where?"]) == (asked, asked)
+    [example] = report.examples
+    assert (example.uri, example.error_type) == (f"{source}#line 3", "bad_manifest_row")
+    assert asked in example.message
+    assert other in example.message
+
+
 def test_a_key_is_found_in_the_cache_when_the_answers_are_gone(corpus: Corpus) -> None:
     corpus.run()
     _ask_by_key(corpus, "Who?")
