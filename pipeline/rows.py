@@ -40,7 +40,7 @@ IDENTITY = pa.schema(
     ]
 )
 
-# Seconds each stage spent on the row: the report is a recount of them.
+# Seconds each stage spent on the row, null where it passed it on: the report is a recount of them.
 _MEASURES = [
     ("decode_s", pa.float64()),
     ("compress_s", pa.float64()),

@@ -103,7 +103,7 @@ class Answer:
                             strict=True,
                         )
                     ],
-                    "answer_s": each * len(given.get(number, ())),
+                    "answer_s": each * len(given[number]) if number in given else None,
                 }
                 for number, video in enumerate(videos)
             ],

@@ -5,14 +5,31 @@ from typing import Any
 
 import pytest
 
+from omnisift.answer import Answer as Text
+from omnisift.engines.interface import AskedVideo, Refusal
 from pipeline import rows, spilled_rows
 from pipeline.config import StorageConfig
 from pipeline.report import Report, make_report, render, write_report
+from pipeline.stages.answer import Answer, _SharedClock
 from pipeline.stages.sink import Sink
 from pipeline.stages.source import WorkCounts
 from pipeline.storage import Storage
 
 STORAGE = Storage(StorageConfig())
+
+
+class _NoEngine:
+    """Stand in for a model that is asked nothing."""
+
+    def __call__(self, videos: Sequence[AskedVideo]) -> list[list[Text | Refusal]]:
+        assert not videos
+        return []
+
+    def close(self) -> None: ...
+
+
+ANSWER = object.__new__(Answer)  # the real stage but for its model
+ANSWER.__dict__.update({"engine": _NoEngine(), "_clock": _SharedClock()})
 ACTORS = {"decode": 2, "compress": 1, "cache": 1, "answer": 4}
 
 
@@ -44,7 +61,9 @@ def _hit(name: str) -> dict[str, Any]:
 
 def _failed(name: str, error_type: str = "truncated") -> dict[str, Any]:
     identity = {column: _video(name)[column] for column in ("video_key", "uri", "prompts")}
-    return rows.failed({**identity, "attempts": 1}, "decode", error_type, f"{name} is cut")
+    row = rows.failed({**identity, "attempts": 1}, "decode", error_type, f"{name} is cut")
+    [passed_on] = ANSWER(rows.build([row], rows.KEPT)).to_pylist()
+    return dict(passed_on)
 
 
 def _unanswered(name: str) -> dict[str, Any]:

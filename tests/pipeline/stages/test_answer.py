@@ -73,7 +73,7 @@ def test_every_prompt_gets_the_engines_answer_or_its_own_error(stage: Answer) ->
     found = stage(table).to_pylist()
     assert [row["video_key"] for row in found] == ["a", "c", "b", "d"]
     assert found[1]["error_type"] == "x"
-    assert found[1]["answers"] == []
+    assert (found[1]["answers"], found[1]["answer_s"]) == ([], None)
     engine = stage.engine
     assert isinstance(engine, TransformersEngine)
     questions = [Question(p["prompt"], tuple(p["choices"] or ())) for p in PROMPTS[:2]]
