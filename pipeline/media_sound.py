@@ -54,13 +54,6 @@ class SoundReader:
         return self._track.take(start, end)
 
 
-def read_sound(
-    container: InputContainer, *, origin_s: float, max_s: float
-) -> NDArray[np.float32] | None:
-    """Return the first `max_s` seconds of sound behind `origin_s` of the file's time."""
-    return SoundReader(container, origin_s=origin_s).read(0.0, max_s)
-
-
 class _Track:
     """Sound put where its stamps say, resampled run by run: a run is sound without a gap."""
 

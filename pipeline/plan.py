@@ -21,8 +21,8 @@ def plan(work: WorkList, run: Settings, pools: Pools) -> Dataset:
     """Put a work list through the flow: source -> decode -> compress -> cache -> answer -> sink.
 
     Cached rows skip decode and compress, failed rows pass every stage untouched; a video that kills
-    its worker becomes one. Consuming the
-    dataset runs it, in one streaming execution; its rows are the sink's counts.
+    its worker becomes one. Consuming the dataset runs it, in one streaming execution; its rows are
+    the sink's counts.
     """
     ledger = new_ledger()
     kept = _kept(work, run, pools, ledger)

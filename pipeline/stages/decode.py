@@ -123,6 +123,7 @@ class Decode:
                 )
             yield path
             return
+        self._roots.check(info.uri)  # a line by key passed no check before
         # Its ending is a hint to the demuxer, and all that is taken from the name.
         ending = re.search(r"\.[A-Za-z0-9]{1,5}$", info.uri)
         path = self._temp_dir / f"video{ending.group() if ending else ''}"

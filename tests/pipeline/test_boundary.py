@@ -177,3 +177,24 @@ def test_a_link_that_is_put_there_later_is_not_followed(world: Path) -> None:
     (out,) = rows.iterate(block)
     stage.close()
     assert (out["error_stage"], out["error_type"]) == ("decode", "outside_root")
+
+
+def test_a_video_that_is_named_by_its_key_is_opened_under_the_roots_of_the_run(
+    world: Path,
+) -> None:
+    """A run let it in; since then `listing.roots` may have been narrowed."""
+    stage = Decode(
+        MediaConfig(),
+        DecodeConfig(temp_dir=str(world / "temp")),
+        StorageConfig(endpoint_url="http://127.0.0.1:9", attempts=1),  # nobody is asked
+        Roots((str(world / "videos"),), ("s3://b/in/",)),
+    )
+    found = {}
+    for uri in (f"{world}/secret.mp4", "s3://b/out/a.mp4", "s3://b/in-2/a.mp4", "s3://b/in/a.mp4"):
+        row = {"video_key": "k", "uri": uri, "size_bytes": 5, "etag": "", "prompts": []}
+        (block,) = stage(rows.build([{**row, "attempts": 1}], rows.IDENTITY))
+        (out,) = rows.iterate(block)
+        found[uri.rpartition("//")[2]] = out["error_type"]
+    stage.close()
+    assert found.pop("b/in/a.mp4") != "outside_root"  # it alone was asked for
+    assert set(found.values()) == {"outside_root"}
