@@ -1,5 +1,6 @@
 """The reference engine, and the one for CPUs: transformers' layers."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from omnisift.checkpoint import load_backbone, load_tokenizer
 from omnisift.compressor import TooLongError
 from omnisift.engines.interface import AskedVideo, Refusal
 from omnisift.prompts import BadTokensError, Sampling
+
+log = logging.getLogger(__name__)
 
 
 class TransformersEngine:
@@ -71,7 +74,9 @@ class TransformersEngine:
         try:
             return list(self.answerer(prompts))
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            # Behind this block: as long as the error is handled, it holds what the layers had.
+            log.warning("%d questions together do not fit the GPU's memory", len(prompts))
+        torch.cuda.empty_cache()
         if len(prompts) == 1:
             return [Refusal("out_of_memory", f"{len(prompts[0])} tokens do not fit the GPU")]
         half = len(prompts) // 2

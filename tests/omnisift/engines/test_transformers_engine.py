@@ -1,5 +1,6 @@
 """One refused question, or one bad video, costs nobody else an answer."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,3 +66,24 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert isinstance(second, Refusal)
     assert (second.error_type, "tokens do not fit" in second.message) == ("out_of_memory", True)
     assert sizes == [3, 1, 2, 1, 1]
+
+
+def test_what_did_not_fit_is_given_back_before_the_halves_are_tried(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    held_at_emptying: list[bool] = []
+
+    def never_fits(_self: Answerer, _prompts: list[Prompt]) -> list[Answer]:
+        keys_and_values = torch.zeros(8)
+        held.append(weakref.ref(keys_and_values))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Answerer, "__call__", never_fits)
+    monkeypatch.setattr(
+        torch.cuda,
+        "empty_cache",
+        lambda: held_at_emptying.append(any(tensor() is not None for tensor in held)),
+    )
+    engine([AskedVideo("v", KEPT, [Question("a"), Question("b")])])
+    assert held_at_emptying == [False] * 3
