@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from omnisift.answer import Answer
 from omnisift.checkpoint import load_tokenizer, thinker_config
 from omnisift.compressor import TooLongError
+from omnisift.engines.company import Company
 from omnisift.engines.interface import AskedVideo, Question, Refusal
 from omnisift.engines.option_tree import Ids, likeliest, next_tokens
 from omnisift.engines.vllm_plugin import ARCHITECTURE, MODALITY
@@ -27,7 +30,10 @@ _MOST_LOGPROBS = 64  # vLLM gives at most 128 chosen ones a request
 # Beside what vLLM counts: captured graphs, inputs on the GPU, the allocator's fragments. Measured
 # with 7B weights on an H200: 2.2 GiB (docs/results.md).
 _UNCOUNTED_BYTES = 3 << 30
-_TRIES = 2  # engines that a question may bring down before it is refused
+# How many questions may be out at each try of one: who is out at a death may be to blame for it.
+# 16 at first, so that of hundreds no more are left to be asked alone; halves would narrow it down
+# by a death each, which is a minute without an engine. Alone twice: the first may be by chance.
+_COMPANY = (math.inf, 16, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,13 @@ class VllmEngine:
     """Answer questions with vLLM in processes of its own; calls from several threads overlap.
 
     Questions are queued in vLLM at once, so it never drains while a caller has more. A video is
-    prefilled once for all its questions (prefix caching). When vLLM dies it is started again and
-    what it had not answered is asked again; a question that has brought it down twice is refused.
+    prefilled once for all its questions (prefix caching).
+
+    When vLLM dies it is started again, and what it had not answered is asked again, 16 questions
+    at a time; what was out at a second death is asked alone. Refused is only what brings it down
+    twice with no other question beside it. So a death by chance costs a start, and what was out
+    goes at the rate of 16 at a time; a deadly question costs four starts, and 15 others are asked
+    one after the other. Questions that come meanwhile wait for these.
     """
 
     def __init__(
@@ -103,15 +114,22 @@ class VllmEngine:
         self._device = device
         self._dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self._numbers = count()
+        self._company = Company()
         self._loop = asyncio.new_event_loop()
+        # Whoever awaits it gets the AsyncLLM of now, or what its start raised.
+        self._vllm: asyncio.Task[Any] = self._loop.create_task(self._start())
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._restarting = asyncio.Lock()
-        self._starts = 0
-        self._vllm: Any = self._wait(self._start())
+        self._wait(self._started())
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except CancelledError:
+            raise RuntimeError("the engine was closed while it was asked") from None
+
+    async def _started(self) -> Any:
+        return await self._vllm
 
     async def _start(self) -> Any:
         start = time.monotonic()
@@ -156,13 +174,12 @@ class VllmEngine:
             **options.more,
         }
         vllm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        self._starts += 1
         # A warning, so that Ray shows it: the start is paid once an actor.
         log.warning("vLLM %s ready after %.0f s", __version__, time.monotonic() - start)
         return vllm
 
     def close(self) -> None:
-        """End vLLM's processes, once."""
+        """End vLLM's processes, once. Calls that are not done raise RuntimeError."""
         if self._loop.is_closed():
             return
         self._wait(self._shut_down())
@@ -171,10 +188,14 @@ class VllmEngine:
         self._loop.close()
 
     async def _shut_down(self) -> None:
-        vllm, self._vllm = self._vllm, None
-        if vllm is None:  # it could not be started again
-            return
-        vllm.shutdown()
+        # All that is left in this loop first, vLLM's reader of outputs too: a call that waits for
+        # an engine that has ended waits for ever, and one whose engine died would start another.
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        if not self._vllm.cancelled() and not self._vllm.exception():
+            self._vllm.result().shutdown()
 
     def __call__(self, videos: Sequence[AskedVideo]) -> list[list[Answer | Refusal]]:
         """Return an answer or a refusal for each question of each video."""
@@ -217,22 +238,22 @@ class VllmEngine:
             return Refusal("too_long", str(error))
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        for _ in range(_TRIES):
-            async with self._restarting:  # whoever comes meanwhile waits for the new one
-                start = self._starts
-            try:
-                return await (self._choose(job) if job.question.choices else self._generate(job))
-            except EngineDeadError as error:
-                log.warning("vLLM died while it answered about %s: %s", job.key, error)
-                await self._restart(start)
-        return Refusal("engine_died", f"vLLM died {_TRIES} times while it answered this")
-
-    async def _restart(self, start: int) -> None:
-        """Start vLLM again, unless somebody has since it was the `start`-th."""
-        async with self._restarting:
-            if self._starts == start:
-                await self._shut_down()
-                self._vllm = await self._start()
+        for most in _COMPANY:
+            async with self._company.of(most):
+                start = self._vllm
+                vllm = await start
+                try:
+                    return await (
+                        self._choose(vllm, job)
+                        if job.question.choices
+                        else self._generate(vllm, job)
+                    )
+                except EngineDeadError as error:
+                    log.warning("vLLM died while it answered about %s: %s", job.key, error)
+                    if self._vllm is start:  # else somebody has started it again
+                        vllm.shutdown()
+                        self._vllm = asyncio.create_task(self._start())
+        return Refusal("engine_died", "vLLM died twice while it answered this and nothing else")
 
     def _check_room(self, job: _Job) -> None:
         options = [self._text.choice(choice) for choice in job.question.choices]
@@ -260,16 +281,18 @@ class VllmEngine:
 
     def outputs(self, videos: Sequence[AskedVideo], params: Any) -> list[Any]:
         """Return vLLM's own outputs for all questions, with SamplingParams of one's own."""
+        vllm = self._wait(self._started())
         jobs = [job for video in videos for job in self._jobs(video)]
-        return self._gather([self._send(job, params) for job in jobs])
+        return self._gather([self._send(vllm, job, params) for job in jobs])
 
     def text_outputs(self, prompts: Sequence[list[int]], params: Any) -> list[Any]:
         """Return vLLM's own outputs for prompts of ids without a video."""
-        return self._gather([self._run({"prompt_token_ids": ids}, params) for ids in prompts])
+        vllm = self._wait(self._started())
+        return self._gather([self._run(vllm, {"prompt_token_ids": ids}, params) for ids in prompts])
 
     def call(self, method: str) -> list[Any]:
         """Call a method of vLLM's workers; return what each of them returns."""
-        found: list[Any] = self._wait(self._vllm.collective_rpc(method))
+        found: list[Any] = self._wait(self._wait(self._started()).collective_rpc(method))
         return found
 
     def _gather(self, work: list[Coroutine[Any, Any, Any]]) -> list[Any]:
@@ -279,23 +302,21 @@ class VllmEngine:
         found: list[Any] = self._wait(together())
         return found
 
-    async def _send(self, job: _Job, params: Any, answer: Ids = ()) -> Any:
+    async def _send(self, vllm: Any, job: _Job, params: Any, answer: Ids = ()) -> Any:
         """Return vLLM's output for a question, behind the first ids of an answer to it."""
         prompt = {
             "prompt_token_ids": [*job.before, self._placeholder, *job.after, *answer],
             "multi_modal_data": {MODALITY: [job.item]},
             "multi_modal_uuids": {MODALITY: [job.key]},
         }
-        return await self._run(prompt, params)
+        return await self._run(vllm, prompt, params)
 
-    async def _run(self, prompt: dict[str, Any], params: Any) -> Any:
-        async with self._restarting:
-            vllm = self._vllm
+    async def _run(self, vllm: Any, prompt: dict[str, Any], params: Any) -> Any:
         number = str(next(self._numbers))
         outputs = [output async for output in vllm.generate(prompt, params, number)]
         return outputs[-1]
 
-    async def _generate(self, job: _Job) -> Answer:
+    async def _generate(self, vllm: Any, job: _Job) -> Answer:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -314,11 +335,11 @@ class VllmEngine:
             ),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        [output] = (await self._send(job, params)).outputs
+        [output] = (await self._send(vllm, job, params)).outputs
         text, length, ended = self._text.finish(list(output.token_ids), sampling.stop)
         return Answer(text, self._num_tokens(job), length, "stop" if ended else "length")
 
-    async def _choose(self, job: _Job) -> Answer:
+    async def _choose(self, vllm: Any, job: _Job) -> Answer:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -332,7 +353,7 @@ class VllmEngine:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            [output] = (await self._send(job, params, beginning)).outputs
+            [output] = (await self._send(vllm, job, params, beginning)).outputs
             [found] = output.logprobs
             return beginning, {token: found[token].logprob for token in tokens}
 

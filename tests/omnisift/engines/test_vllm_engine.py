@@ -3,9 +3,13 @@
 What vLLM itself makes of kept tokens is compared in test_vllm_parity.py, where it is installed.
 """
 
+import asyncio
 import sys
+import threading
+import time
 import tomllib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -42,16 +46,22 @@ class StandIn:
     backbone: Backbone
     placeholder: int
     deaths: list[str] = field(default_factory=list)  # videos that bring it down, once each
-    alive: bool = True
+    dead: bool = False
+    ended: bool = False
+    free: threading.Event = field(default_factory=threading.Event)  # cleared: nothing is answered
+    asked: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.free.set()
 
     async def generate(self, prompt: Any, params: Any, _number: str) -> AsyncIterator[Any]:
         [item] = prompt["multi_modal_data"][MODALITY]
         [key] = prompt["multi_modal_uuids"][MODALITY]
+        self.asked.append(key)
+        await self._step(key)
         if key in self.deaths:
             self.deaths.remove(key)
-            self.alive = False
-        if not self.alive:
-            raise EngineDeadError(key)
+            self.dead = True
         ids = prompt["prompt_token_ids"]
         place = ids.index(self.placeholder)
         given = [
@@ -71,6 +81,7 @@ class StandIn:
         said: list[int] = []
         logprobs = []
         while len(said) < params.max_tokens:
+            await self._step(key)
             with torch.no_grad():
                 logits = self.backbone.model(
                     inputs_embeds=embeds[None], position_ids=positions[:, None]
@@ -85,8 +96,17 @@ class StandIn:
             positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
         yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=said, logprobs=logprobs)])
 
+    async def _step(self, key: str) -> None:
+        await asyncio.sleep(0)  # the others' turn
+        while not self.free.is_set():
+            await asyncio.sleep(0.001)
+        if self.ended:
+            await asyncio.Event().wait()  # as vLLM's own: what it has not answered waits for ever
+        if self.dead:
+            raise EngineDeadError(key)
+
     def shutdown(self) -> None:
-        self.alive = False
+        self.ended = not self.dead
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +115,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmEngine]:
+def started() -> list[StandIn]:
+    """Return the stand-ins that the engine has started, the latest last."""
+    return []
+
+
+@pytest.fixture
+def engine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, started: list[StandIn]
+) -> Iterator[VllmEngine]:
     """Start an engine on stand-ins; a new one takes over the deaths that are left."""
     params: dict[str, Any] = {"SamplingParams": SimpleNamespace, "__version__": "stand-in"}
     modules: dict[str, dict[str, Any]] = {
@@ -116,8 +144,8 @@ def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmEngine
     deaths: list[str] = []
 
     async def start(self: VllmEngine) -> StandIn:
-        self._starts += 1
-        return StandIn(backbone, self._placeholder, deaths)
+        started.append(StandIn(backbone, self._placeholder, deaths))
+        return started[-1]
 
     monkeypatch.setattr(VllmEngine, "_start", start)
     made = VllmEngine(folder, sampling=Sampling(), options=VllmOptions(), **COMMON)
@@ -169,23 +197,150 @@ def test_what_does_not_fit_is_refused_with_the_numbers(engine: VllmEngine) -> No
     assert f"{engine._context_tokens + 1} tokens, answer.context_tokens" in long.message  # type: ignore[union-attr]
 
 
-def test_a_dead_engine_is_started_again_and_asked_again(engine: VllmEngine) -> None:
+def _named(names: Sequence[str]) -> list[AskedVideo]:
+    """Return a video with one question for each name."""
+    [video, _] = _videos()
+    return [replace(video, key=name, questions=[Question(f"What is {name}?")]) for name in names]
+
+
+def _ask(engine: VllmEngine, videos: Sequence[AskedVideo]) -> Future[list[list[Any]]]:
+    """Ask in a thread, which nobody has to wait for."""
+    given: Future[list[list[Any]]] = Future()
+
+    def ask() -> None:
+        try:
+            given.set_result(engine(videos))
+        except RuntimeError as error:
+            given.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return given
+
+
+def _wait_until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_dead_engine_is_started_again_and_asked_again(
+    engine: VllmEngine, started: list[StandIn]
+) -> None:
     expected = engine(_videos())
-    vllm = engine._vllm
-    vllm.deaths += ["video 2"]
+    started[0].deaths += ["video 2"]
     assert engine(_videos()) == expected
-    assert engine._starts == 2
-    assert not vllm.alive
+    assert [vllm.dead for vllm in started] == [True, False]
 
 
-def test_a_video_that_always_brings_it_down_is_refused(engine: VllmEngine) -> None:
-    video = replace(_videos()[0], questions=[Question("What?")])
-    engine._vllm.deaths += ["video 2"] * 9
-    [[refusal]] = engine([video])
-    assert refusal.error_type == "engine_died"  # type: ignore[union-attr]
-    engine._vllm.deaths.clear()
-    [[answer]] = engine([video])
+@pytest.mark.parametrize("num_deadly", [1, 2])
+def test_a_deadly_question_is_refused_and_no_other_in_any_call(
+    engine: VllmEngine, started: list[StandIn], num_deadly: int
+) -> None:
+    names = [f"good {number}" for number in range(40)]
+    expected = dict(zip(names, engine(_named(names)), strict=True))
+    deadly = [f"deadly {number}" for number in range(num_deadly)]
+    started[0].deaths += deadly * 99
+    asked = [[*names[:7], *deadly[:1], *names[7:20]], [*names[20:], *deadly[1:]]]
+    calls = [_ask(engine, _named(part)) for part in asked]
+    for part, call in zip(asked, calls, strict=True):
+        for name, [given] in zip(part, call.result(timeout=120), strict=True):
+            if name in deadly:
+                assert (given.error_type, "nothing else" in given.message) == ("engine_died", True)
+            else:
+                assert [given] == expected[name]
+    assert len(started) <= 1 + 4 * num_deadly
+    # All asked for `expected`, all twice, a company of 16 of each deadly one alone, these again.
+    most = 40 + 2 * (40 + num_deadly) + 16 * num_deadly + num_deadly
+    assert sum(len(vllm.asked) for vllm in started) <= most
+    started[0].deaths.clear()
+    [[answer]] = engine(_named(deadly[:1]))
     assert not hasattr(answer, "error_type")
+
+
+def test_a_death_alone_may_be_by_chance(engine: VllmEngine, started: list[StandIn]) -> None:
+    [expected] = engine(_named(["unlucky"]))
+    started[0].deaths += ["unlucky"] * 3
+    assert engine(_named(["unlucky"])) == [expected]
+    assert len(started) == 4
+
+
+def test_a_start_that_fails_is_tried_once_and_told_to_everybody(
+    engine: VllmEngine, started: list[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    async def fail(_self: VllmEngine) -> StandIn:
+        tries.append(1)
+        raise RuntimeError("no memory left on the GPU")
+
+    monkeypatch.setattr(VllmEngine, "_start", fail)
+    started[0].deaths += ["1"]
+    started[0].free.clear()
+    calls = [_ask(engine, _named(names)) for names in ("0123", "456")]
+    _wait_until(lambda: len(started[0].asked) == 7)
+    started[0].free.set()
+    for call in [*calls, _ask(engine, _named("7"))]:
+        with pytest.raises(RuntimeError, match="no memory left on the GPU"):
+            call.result(timeout=60)
+    assert len(tries) == 1
+    engine.close()
+
+
+def test_a_refusal_costs_a_call_beside_it_nothing(
+    engine: VllmEngine, started: list[StandIn]
+) -> None:
+    expected = engine(_named("abcd"))
+    long, narrow, good = _named(["long", "narrow", "d"])
+    long = replace(long, kept=replace(long.kept, next_position=32_768))
+    narrow = replace(narrow, kept=replace(narrow.kept, embeds=narrow.kept.embeds[:, :8]))
+    vllm = started[0]
+    vllm.asked.clear()
+    vllm.free.clear()
+    calls = [_ask(engine, _named("abc")), _ask(engine, [long, good, narrow])]
+    _wait_until(lambda: len(vllm.asked) == 4)
+    kinds = [[given.error_type] for [given] in _ask(engine, [narrow, long]).result(timeout=60)]
+    assert kinds == [["bad_tokens"], ["too_long"]]  # at once, though nothing is answered
+    assert not any(call.done() for call in calls)
+    vllm.free.set()
+    assert calls[0].result(timeout=60) == expected[:3]
+    [[first], second, [third]] = calls[1].result(timeout=60)
+    assert (first.error_type, second, third.error_type) == ("too_long", expected[3], "bad_tokens")
+    assert sorted(vllm.asked) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("dies", ["never", "unnoticed", "noticed"])
+def test_whoever_is_out_when_the_engine_is_closed_is_told_so(
+    engine: VllmEngine, started: list[StandIn], monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    start = VllmEngine._start
+    starting, may_start = threading.Event(), threading.Event()
+
+    async def start_slowly(self: VllmEngine) -> StandIn:
+        starting.set()
+        may_start.wait(60)  # in the loop's thread, as vLLM starts
+        await start(self)
+        started[-1].free.clear()
+        return started[-1]
+
+    monkeypatch.setattr(VllmEngine, "_start", start_slowly)
+    started[0].free.clear()
+    calls = [_ask(engine, _named(names)) for names in ("abc", "de")]
+    _wait_until(lambda: len(started[0].asked) == 5)
+    started[0].dead = dies != "never"
+    if dies == "noticed":
+        started[0].free.set()
+        assert starting.wait(60)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    may_start.set()
+    for call in calls:
+        with pytest.raises(RuntimeError, match="closed while it was asked"):
+            call.result(timeout=60)
+    closing.join(60)
+    assert not closing.is_alive()
+    assert all(vllm.dead or vllm.ended for vllm in started)
+    assert len(started) == (2 if dies == "noticed" else 1)
 
 
 def test_vllm_is_told_of_the_model_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
