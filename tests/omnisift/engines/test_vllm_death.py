@@ -1,8 +1,9 @@
-"""A vLLM process that is killed while questions are out costs no answer (needs vLLM)."""
+"""A vLLM that is killed or closed while questions are out leaves nobody waiting (needs vLLM)."""
 
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -35,13 +36,20 @@ def _core() -> int:
     return pid
 
 
+def _wait_until_asked(engine: VllmEngine) -> None:
+    end = time.monotonic() + 60
+    while not engine._vllm.result().output_processor.has_unfinished_requests():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def _comparable(answers: list[list[Answer | Refusal]]) -> list[Answer | Refusal | None]:
     # In 16 bits a random model's next token may fall either way.
     flat = [answer for of_video in answers for answer in of_video]
     return [None if GPU and getattr(a, "finish_reason", "") != "choice" else a for a in flat]
 
 
-def test_a_killed_process_costs_no_answer(tmp_path: Path) -> None:
+def test_a_killed_process_costs_no_answer_and_a_closed_one_says_so(tmp_path: Path) -> None:
     engine = VllmEngine(
         write_random_llm(tmp_path, width=256, heads=4, kv_heads=2, layers=2),
         system_prompt="You see.",
@@ -65,12 +73,25 @@ def test_a_killed_process_costs_no_answer(tmp_path: Path) -> None:
         core = _core()
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(engine, videos)
-            while not engine._vllm.result().output_processor.has_unfinished_requests():
-                assert not asked.done()
-                time.sleep(0.01)
+            _wait_until_asked(engine)
             os.kill(core, signal.SIGKILL)
             given = asked.result()
         assert _core() != core
+
+        closed: list[str] = []
+
+        def ask() -> None:
+            try:
+                engine(videos)
+            except RuntimeError as error:
+                closed.append(str(error))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        _wait_until_asked(engine)
+        engine.close()
+        asking.join(60)
+        assert closed == ["the engine was closed while it was asked"]
     finally:
         engine.close()
     assert all(isinstance(answer, Answer) for answers in given for answer in answers)
