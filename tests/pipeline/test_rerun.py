@@ -246,6 +246,16 @@ def test_a_key_is_found_in_the_cache_when_the_answers_are_gone(corpus: Corpus) -
     assert corpus.seen() == [("b.mp4", "ok")]
 
 
+def test_a_key_is_found_in_the_cache_when_a_videos_file_is_lost(corpus: Corpus) -> None:
+    corpus.run()
+    found, _ = list_output(corpus.config.output, STORAGE)
+    (videos,) = [uri for uri in found if "/videos-" in uri]
+    _ask_by_key(corpus, "Who?")
+    STORAGE.delete(videos)
+    corpus.run()
+    assert corpus.asked == [("b.mp4", "Who?")]
+
+
 def test_failures_are_shown_by_the_command_the_report_names(
     corpus: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
