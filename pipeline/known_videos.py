@@ -88,7 +88,11 @@ def _cached(storage: Storage, cached: CacheIndex, video_keys: Sequence[str]) -> 
     )
     known: dict[str, _Known] = {}
     for file, group in groupby(places, key=lambda place: place[0]):
-        uris = read_columns(storage, file, ["uri"]).column("uri")
+        try:
+            uris = read_columns(storage, file, ["uri"]).column("uri")
+        except (*UNREADABLE, StorageError) as error:  # a key file may speak for it all the same
+            log.warning("cache file %s cannot be read, its keys are not found: %s", file, error)
+            continue
         known |= {key: _Known(uris[row].as_py(), None, "", key) for _, row, key in group}
     return known
 

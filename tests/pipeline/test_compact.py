@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import compact
-from pipeline import keys, rows, token_cache
+from pipeline import cache_keys, keys, rows, token_cache
 from pipeline.answer_index import AnswerIndex
 from pipeline.answers import commit, find_files, read_answers
 from pipeline.compact_answers import compact_answers
@@ -143,6 +143,35 @@ def _until_done(folder: Path) -> None:
         ):
             return
     pytest.fail("compaction finds always more to do")
+
+
+@pytest.mark.parametrize("broken", range(5))
+def test_a_part_file_that_cannot_be_opened_costs_its_own_rows(tmp_path: Path, broken: int) -> None:
+    """Its keys stand in a key file, so that the index offers them. One part is all superseded."""
+    parts = [[("a", 0), ("b", 0)], [("b", 1)], [("c", 2)], [("c", 3)], [("d", 4)]]
+    folder = tmp_path / keys.fingerprint(INGREDIENTS)
+    token_cache.write_fingerprint(STORAGE, str(folder), INGREDIENTS)
+    files = [
+        _part(folder, number, [_cached(name, version) for name, version in part])
+        for number, part in enumerate(parts)
+    ]
+    cache_keys.renew_keys(STORAGE, str(folder), [str(file) for file in files], [])
+    left = dict(video for n, part in enumerate(parts) if n != broken for video in part)
+    expected = {
+        name: _cached(name, left[name])["tokens"] if name in left else None for name in "abcd"
+    }
+    files[broken].write_bytes(files[broken].read_bytes()[:-20])
+    superseded = broken == 2
+    done = _compact_cache(STORAGE, folder)
+    assert {message.partition(".parquet")[0] for message in done.damaged} == (
+        set() if superseded else {str(files[broken].with_suffix(""))}
+    )
+    assert _tokens(folder) == expected
+    _until_done(folder)
+    assert _tokens(folder) == expected
+    assert not files[broken].exists()
+    assert not list(folder.glob("bad-*"))
+    assert list(verify_cache(STORAGE, str(folder))) == []
 
 
 @pytest.mark.parametrize("target_bytes", [1 << 30, 9000])
