@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -442,6 +443,24 @@ def test_files_that_cannot_be_read_are_given_up_when_that_is_asked_for(
     _compact_answers(STORAGE, output)
     assert not broken.exists()
     assert list(verify_output(STORAGE, str(output))) == []
+
+
+def test_no_answers_are_given_up_for_shortage_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = _output(tmp_path)
+    expected = _seen(output)
+
+    def short(*_: object, **__: object) -> None:
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetFile, "read", short)
+        with pytest.raises(MemoryError):
+            _compact_answers(STORAGE, output, drop_unreadable=True)
+        with pytest.raises(MemoryError):
+            AnswerIndex(STORAGE, str(output), fingerprint="f")
+    assert _seen(output) == expected
 
 
 def test_the_job_compacts_both_and_says_so(
