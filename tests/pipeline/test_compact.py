@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jobs import compact
 from pipeline import cache_keys, keys, rows, token_cache
 from pipeline.answer_index import AnswerIndex
-from pipeline.answers import commit, find_files, read_answers
+from pipeline.answers import COMMITTED, commit, find_files, read_answers
 from pipeline.compact_answers import compact_answers
 from pipeline.compact_cache import Compaction, compact_cache
 from pipeline.config import StorageConfig
@@ -295,6 +295,7 @@ def _output(root: Path) -> Path:
     _run(output, "20260101T000000Z-0", [_answer("a1", "p", 0), _failure("b1", "p", 0)])
     _run(output, "20260102T000000Z-0", [_answer("a2", "p", 1), _answer("b1", "p", 1)])
     _run(output, "20260103T000000Z-0", [_failure("c1", "p", n, attempts=n) for n in (2, 3)])
+    _run(output, "20260104T000000Z-0", [])
     return output
 
 
@@ -339,11 +340,38 @@ def test_answers_are_seen_once_after_every_step_and_every_kill(tmp_path: Path) -
         left = find_files(str(output), STORAGE)
         assert (len(left.committed), left.orphans) == (2, ())
         assert len(list(output.rglob("*.parquet"))) == 2
+        assert len(list(output.rglob(COMMITTED))) == 1
         assert _compact_answers(STORAGE, output) == Compaction()
         if not killed:
             assert changes > 10
             return
     pytest.fail("never came to its end")
+
+
+def test_markers_of_nights_without_work_go_when_their_grace_period_ends(tmp_path: Path) -> None:
+    output = _output(tmp_path)
+    for night in range(5, 9):
+        _run(output, f"2026010{night}T000000Z-0", [])
+    expected = _seen(output)
+    for _ in range(2):
+        _compact_answers(STORAGE, output, grace_s=3600.0)
+    markers = {path.parent.name for path in output.rglob(COMMITTED)}
+    assert {f"2026010{night}T000000Z-0" for night in range(1, 9)} < markers
+    later = datetime.now(UTC) + timedelta(hours=2)
+    _compact_answers(STORAGE, output, grace_s=3600.0, now=later)
+    (marker,) = output.rglob(COMMITTED)
+    assert marker.parent.name in markers
+    assert _seen(output) == expected
+    assert list(verify_output(STORAGE, str(output))) == []
+
+
+def test_nothing_is_left_of_an_output_that_was_given_up(tmp_path: Path) -> None:
+    output = _output(tmp_path)
+    for file in output.rglob("*.parquet"):
+        file.write_bytes(b"lost")
+    _compact_answers(STORAGE, output, drop_unreadable=True)
+    _compact_answers(STORAGE, output)
+    assert not [path for path in output.rglob("*") if path.is_file()]
 
 
 def test_replaced_answers_stay_for_the_grace_period(tmp_path: Path) -> None:
