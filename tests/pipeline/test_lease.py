@@ -131,18 +131,20 @@ import os, sys
 from pipeline.config import StorageConfig
 from pipeline.lease import hold
 from pipeline.storage import Storage
-with hold(Storage(StorageConfig()), sys.argv[1], "dead run", expiry_s=60, say=print):
+expiry_s = float(sys.argv[2])
+with hold(Storage(StorageConfig()), sys.argv[1], "dead run", expiry_s=expiry_s, say=print):
     os._exit(9)
 """
 
 
-def _die(output: str) -> None:
-    done = subprocess.run([sys.executable, "-c", _DIES, output], check=False, timeout=60)
+def _die(output: str, expiry_s: float) -> None:
+    command = [sys.executable, "-c", _DIES, output, str(expiry_s)]
+    done = subprocess.run(command, check=False, timeout=60)
     assert done.returncode == 9
 
 
 def test_a_dead_process_of_this_host_gives_way_at_once(output: str) -> None:
-    _die(output)
+    _die(output, 60)
     said: list[str] = []
     with hold(STORAGE, output, "next run", expiry_s=60, say=said.append) as lease:
         lease.check()
@@ -158,7 +160,7 @@ def _move_away(output: str) -> str:
 
 
 def test_a_run_of_another_host_that_renews_nothing_is_taken_over(output: str) -> None:
-    _die(output)
+    _die(output, 2)
     _move_away(output)
     said: list[str] = []
     with hold(STORAGE, output, "next run", expiry_s=2, say=said.append) as lease:
