@@ -91,7 +91,7 @@ def measure(output: Path, count: int) -> None:
     moments.append(time.perf_counter())
     cached = CacheIndex(storage, f"{config.cache_root}/f")
     moments.append(time.perf_counter())
-    roll_call = RollCall(known_videos(storage, config.output, done.videos, cached), SOURCE)
+    roll_call = RollCall(known_videos(storage, config.output, done.videos, cached, []), SOURCE)
     moments.append(time.perf_counter())
     folder = f"{config.output}/run"
     work = list_work(config, storage, done=done, cached=cached, folder=folder, roll_call=roll_call)

@@ -2,7 +2,8 @@
 
 The merged files are those of a run of their own. Its marker says which files it replaces, so that
 readers change over in one moment; what they may still be reading is deleted a grace period later:
-first the files, then the markers that name nothing else. Killed anywhere, the next call goes on.
+first the files, then the markers that name nothing else, those of nights without work among them.
+Killed anywhere, the next call goes on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -202,7 +203,7 @@ def _delete(storage: Storage, output: str, *, before: datetime) -> Compaction:
     done = Compaction()
     for each in commits.values():
         gone = sorted(each.replaced(output) & found.keys())
-        if gone and datetime.fromisoformat(each.created_at).astimezone(UTC) > before:
+        if gone and _moment(each) > before:
             done += Compaction(waiting=len(gone))
         elif gone:
             for uri in each.listed(output):
@@ -211,14 +212,26 @@ def _delete(storage: Storage, output: str, *, before: datetime) -> Compaction:
                 storage.delete(uri)
                 found.pop(uri)
             done += Compaction(deleted=len(gone))
-    _delete_markers(storage, output, found, commits)
+    _delete_markers(storage, output, found, commits, before=before)
     return done
 
 
+def _moment(each: Commit) -> datetime:
+    return datetime.fromisoformat(each.created_at).astimezone(UTC)
+
+
 def _delete_markers(
-    storage: Storage, output: str, found: Mapping[str, int], commits: Mapping[str, Commit]
+    storage: Storage,
+    output: str,
+    found: Mapping[str, int],
+    commits: Mapping[str, Commit],
+    *,
+    before: datetime,
 ) -> None:
-    """Delete the markers all of whose files are gone because another marker replaces them."""
+    """Delete the markers all of whose files are gone because another marker replaces them.
+
+    A run that had nothing to do has none: who waits for its marker has the grace period to see it.
+    """
     left = dict(commits)
     for run_id, each in sorted(commits.items()):
         others = [other for name, other in left.items() if name != run_id]
@@ -226,6 +239,7 @@ def _delete_markers(
         named = {uri for other in others for uri in other.listed(output)}
         files = each.listed(output)
         needed = (each.replaced(output) & (named | found.keys())) - replaced
-        if files and files <= replaced and not files & found.keys() and not needed:
+        seen = files or _moment(each) <= before
+        if seen and files <= replaced and not files & found.keys() and not needed:
             storage.delete(join(output, run_id, COMMITTED))
             left.pop(run_id)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 
-from pipeline import cache_keys, token_cache
+from pipeline import cache_keys, rows, token_cache
 from pipeline.key_index import Integers
 from pipeline.parquet import UNREADABLE, open_parquet, read_columns
 from pipeline.storage import Storage, StorageError, join
@@ -93,12 +93,15 @@ def _merge_files(
 
     def copies() -> Iterator[pa.Table]:
         for file, (_, live) in files.items():
-            with open_parquet(storage, file) as part:
-                for row in live.tolist():
-                    try:
-                        yield token_cache.read_row(part, row)
-                    except UNREADABLE as error:
-                        damaged.append(_bury(storage, file, row, error))
+            try:
+                with open_parquet(storage, file) as part:
+                    for row in live.tolist():
+                        try:
+                            yield token_cache.read_row(part, row)
+                        except UNREADABLE as error:
+                            damaged.append(_bury(storage, file, row, error))
+            except UNREADABLE as error:  # the index knew its keys from a key file
+                damaged.append(_bury_all(storage, folder, file, live, error))
 
     uri = _new_name(storage, folder)
     written = token_cache.write_rows(storage, uri, copies())
@@ -129,7 +132,11 @@ def _delete(storage: Storage, folder: str, index: CacheIndex, *, before: datetim
     buried = token_cache.read_tombstones(storage, folder, found.tombstones)
     dead = [file for file, _, live in index.rows_of_files() if not len(live)]
     for file in dead:
-        table = read_columns(storage, file, ["video_key", "created_at"])
+        try:
+            table = read_columns(storage, file, ["video_key", "created_at"])
+        except UNREADABLE as error:
+            log.warning("%s, none of whose rows counts, is deleted: %s", file, error)
+            table = rows.CACHED.empty_table()
         heirs = _heirs(index, table)
         if _superseded_at(storage, heirs, table) > before:
             done += Compaction(waiting=1)
@@ -159,9 +166,12 @@ def _superseded_at(storage: Storage, heirs: Sequence[Location], table: pa.Table)
     for place in heirs:
         if _is_merged(place.file):
             times.append(_merged_at(place.file))
-        else:
+            continue
+        try:
             created = read_columns(storage, place.file, ["created_at"]).column("created_at")
             times.append(created[place.row].as_py())
+        except UNREADABLE:
+            pass  # _damaged buries it
     return max(times)
 
 
@@ -175,6 +185,15 @@ def _damaged(storage: Storage, places: Sequence[Location]) -> list[str]:
         except UNREADABLE as error:
             found.append(_bury(storage, place.file, place.row, error))
     return found
+
+
+def _bury_all(storage: Storage, folder: str, file: str, live: Integers, error: Exception) -> str:
+    """Bury the rows of a file that cannot be opened; the next call deletes it."""
+    places = [("", Location(file, row)) for row in live.tolist()]
+    token_cache.bury_all(storage, folder, places, reason=str(error))
+    message = f"{file}: {error}; its {len(places)} videos are compressed again by the next run"
+    log.warning(message)
+    return message
 
 
 def _bury(storage: Storage, file: str, row: int, error: Exception) -> str:

@@ -12,6 +12,7 @@ The bytes go with `jobs/compact.py`: it drops these rows from answers and cache.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from pipeline.readers_view import DELETED, objects
 from pipeline.spilled_rows import SpilledRows
 from pipeline.storage import Storage, StorageError, join
 from pipeline.token_cache import CacheIndex
+
+log = logging.getLogger(__name__)
 
 _PROBES = 64  # requests in flight: a probe is all latency
 _NAMED_AT_ONCE = 8192
@@ -112,29 +115,41 @@ def _digests(uris: Sequence[str]) -> key_index.Keys:
 
 
 def known_videos(
-    storage: Storage, output: str, seen: Iterable[pa.Table], cached: CacheIndex
+    storage: Storage,
+    output: str,
+    seen: Iterable[pa.Table],
+    cached: CacheIndex,
+    unreadable: list[str],
 ) -> Iterator[pa.Table]:
-    """Yield SEEN_VIDEOS of what readers see, and of what has tokens without an answer."""
+    """Yield SEEN_VIDEOS of what readers see, and of what has tokens without an answer.
+
+    Videos files that cannot be read are added to `unreadable`: what only they know is unknown.
+    """
     yield from seen
-    for table in _read_videos(storage, output):
+    for uri, table in _read_videos(storage, output):
+        if table is None:
+            unreadable.append(uri)
+            continue
         places = cached.locate(table.column("video_key").to_pylist())
         kept = table.filter(pa.array([place is not None for place in places], pa.bool_()))
         yield pa.table([kept.column("uri"), objects(kept)], schema=SEEN_VIDEOS)
 
 
-def _read_videos(storage: Storage, output: str) -> Iterable[pa.Table]:
+def _read_videos(storage: Storage, output: str) -> Iterator[tuple[str, pa.Table | None]]:
+    """Yield each videos file and what it says of objects; None: it cannot be read."""
     files = find_files(output, storage)
     names = [*SEEN_VIDEOS.names, "object_key"]
     schema = pa.schema(rows.VIDEOS.field(name) for name in names)
 
-    def read(uri: str) -> pa.Table:
+    def read(uri: str) -> pa.Table | None:
         try:
             return rows.completed(read_columns(storage, uri, names), names, schema).cast(schema)
-        except UNREADABLE:
-            return schema.empty_table()  # jobs/verify.py names it
+        except (*UNREADABLE, StorageError) as error:
+            log.warning("videos file %s cannot be read, it is left out: %s", uri, error)
+            return None
 
     uris = [uri for uri in (*files.committed, *files.orphans) if "/videos-" in uri]
-    yield from (table for _, table in read_each(uris, read, files.sizes))
+    yield from read_each(uris, read, files.sizes)
 
 
 @dataclass(frozen=True)
@@ -218,9 +233,10 @@ def bury_tokens(storage: Storage, output: str, cache_root: str, gone: Gone) -> N
         return
     wanted = pa.array(gone.removed, pa.string())
     video_keys: set[str] = set()
-    for table in _read_videos(storage, output):
-        found = table.filter(pc.is_in(table.column("uri"), wanted))
-        video_keys.update(found.column("video_key").to_pylist())
+    for _, table in _read_videos(storage, output):
+        if table is not None:
+            found = table.filter(pc.is_in(table.column("uri"), wanted))
+            video_keys.update(found.column("video_key").to_pylist())
     asked = sorted(video_keys)
     for folder in token_cache.find_folders(storage, cache_root):
         index = CacheIndex(storage, folder)

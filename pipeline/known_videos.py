@@ -1,5 +1,6 @@
 """Find the objects behind video keys: in the videos files of earlier runs, or in the cache."""
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pipeline.answers import find_files
 from pipeline.parquet import UNREADABLE, read_columns, read_each
 from pipeline.storage import S3, ObjectInfo, Storage, StorageError
 from pipeline.token_cache import CacheIndex
+
+log = logging.getLogger(__name__)
 
 _PROBES = 64  # requests in flight: a probe is all latency
 _COLUMNS = ("video_key", "object_key", "uri", "size_bytes", "etag")
@@ -59,8 +62,9 @@ def _listed(storage: Storage, output: str, video_keys: Sequence[str]) -> dict[st
     def read(uri: str) -> list[dict[str, Any]]:
         try:
             table = rows.completed(read_columns(storage, uri, _COLUMNS), _COLUMNS, rows.VIDEOS)
-        except UNREADABLE:
-            return []  # its keys are not found; jobs/verify.py names the file
+        except (*UNREADABLE, StorageError) as error:
+            log.warning("videos file %s cannot be read, its keys are not found: %s", uri, error)
+            return []
         # The key of a row is its window's, where the video was cut.
         own, whole = (pc.is_in(table.column(n), wanted) for n in ("video_key", "object_key"))
         found: list[dict[str, Any]] = table.filter(pc.or_(own, whole)).to_pylist()
@@ -84,7 +88,11 @@ def _cached(storage: Storage, cached: CacheIndex, video_keys: Sequence[str]) -> 
     )
     known: dict[str, _Known] = {}
     for file, group in groupby(places, key=lambda place: place[0]):
-        uris = read_columns(storage, file, ["uri"]).column("uri")
+        try:
+            uris = read_columns(storage, file, ["uri"]).column("uri")
+        except (*UNREADABLE, StorageError) as error:  # a key file may speak for it all the same
+            log.warning("cache file %s cannot be read, its keys are not found: %s", file, error)
+            continue
         known |= {key: _Known(uris[row].as_py(), None, "", key) for _, row, key in group}
     return known
 

@@ -6,7 +6,8 @@ of two that start at once one gets it. A store that ignores the condition keeps 
 each reads its own back after a pause, and again at every renewal. Only there, and only when a write
 hangs for longer than the pause, may two believe to hold it, until the earlier one's next renewal.
 
-Nobody's clock is trusted: a lease that stays as it is for `expiry_s` while it is watched is dead.
+Nobody's clock is trusted: a lease that stays as it is for as long as its owner may be silent, while
+it is watched, is dead.
 """
 
 import json
@@ -45,6 +46,16 @@ class Owner:
     expires_at: str  # for a person; see the head of this file
     renewals: int = 0
     released: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse times that are none."""
+        _ = self.expiry_s
+
+    @property
+    def expiry_s(self) -> float:
+        """Return how long the owner may renew nothing: both times are of its own clock."""
+        renewed, expires = map(datetime.fromisoformat, (self.renewed_at, self.expires_at))
+        return (expires - renewed).total_seconds()
 
     def __str__(self) -> str:
         """Name the owner."""
@@ -116,7 +127,8 @@ def hold(
     """Hold the output until the block ends.
 
     Raises StartupError, which names the owner, when another run holds it. A lease that nobody
-    renews is watched for `expiry_s` and then taken; that of a dead process of this host at once.
+    renews is watched for `expiry_s`, its owner's where that is longer, and then taken; that of a
+    dead process of this host at once.
     """
     folder = join(plain(output), "_lease")
     try:
@@ -159,11 +171,15 @@ def _watch(
     storage: Storage, uri: str, holder: Owner, expiry_s: float, say: Callable[[str], None]
 ) -> None:
     """Return when nobody has renewed a lease for its whole time; raise when it is alive."""
+    expiry_s = max(expiry_s, holder.expiry_s)  # its owner renews it by its own
     say(f"another run holds the output ({holder}); waiting up to {expiry_s:.0f} s to see it alive")
     deadline = time.monotonic() + expiry_s
     while time.monotonic() < deadline:
         time.sleep(min(1.0, expiry_s / (2 * _RENEWALS)))
-        last, now = _leases(storage, uri.rpartition("/")[0])[-1]
+        leases = _leases(storage, uri.rpartition("/")[0])
+        if not leases:
+            continue  # it was taken over between list and read
+        last, now = leases[-1]
         if now.released and last == uri:
             return
         if last != uri or now != holder:
@@ -182,10 +198,8 @@ def _leases(storage: Storage, folder: str) -> list[tuple[str, Owner]]:
     try:
         for info in storage.list(folder, suffixes=(".json",)):
             try:
-                found.append((info.uri, Owner(**json.loads(storage.read(info.uri)))))
-            except StorageError as error:
-                if error.error_type not in ("not_found", "changed"):
-                    raise
+                if (text := _read(storage, info.uri)) is not None:
+                    found.append((info.uri, Owner(**json.loads(text))))
             except (ValueError, TypeError) as error:
                 raise StartupError(
                     f"the lease {info.uri} is broken: {error}; delete it when no run goes on"
@@ -194,6 +208,19 @@ def _leases(storage: Storage, folder: str) -> list[tuple[str, Owner]]:
         if error.error_type != "not_found":
             raise
     return found
+
+
+def _read(storage: Storage, uri: str) -> bytes | None:
+    """Return a lease as it is now; None: it was deleted meanwhile."""
+    for _ in range(_RENEWALS):
+        try:
+            return storage.read(uri)
+        except StorageError as error:
+            if error.error_type == "not_found":
+                return None
+            if error.error_type != "changed":  # renewed while it was read
+                raise
+    raise StorageError("changed", f"{uri}: changed {_RENEWALS} times while it was read")
 
 
 def _myself(command: str, expiry_s: float) -> Owner:

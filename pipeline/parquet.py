@@ -21,8 +21,18 @@ _READERS = 32  # files read at the same time: the wait is for the object store
 _AHEAD = 128
 _AHEAD_BYTES = 64 << 20
 
-# What reading damaged Parquet is known to raise; OSError is Arrow's word for a broken page.
-UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError)
+# What reading damaged Parquet is known to raise; OSError is Arrow's word for a broken page. Not
+# pa.ArrowException: shortage of memory is one, and a sound file would be given up for it.
+UNREADABLE = (
+    OSError,
+    ValueError,  # pa.ArrowInvalid among them
+    KeyError,
+    pa.ArrowCapacityError,
+    pa.ArrowIndexError,
+    pa.ArrowNotImplementedError,
+    pa.ArrowSerializationError,
+    pa.ArrowTypeError,
+)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Which failures are tried again, within a run and by the next one: the one place that says so."""
 
 # Within a run, `storage.attempts` times: what a store says when it is busy (and every status of 500
-# or more, a connection or a body that breaks off, an answer that does not come).
+# or more, a connection that is refused, one or a body that breaks off, an answer that does not
+# come, credentials that cannot be fetched).
 BUSY = frozenset(
     {
         "ConditionalRequestConflict",

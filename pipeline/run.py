@@ -107,8 +107,9 @@ def _run(
         )
         cached = token_cache.CacheIndex(run.storage, run.cache_folder)
         roll_call = None
+        lost: list[str] = []
         if not is_manifest(config.source):
-            known = known_videos(run.storage, run.output, done.videos, cached)
+            known = known_videos(run.storage, run.output, done.videos, cached, lost)
             roll_call = RollCall(known, config.source)
         work = list_work(
             config,
@@ -123,6 +124,11 @@ def _run(
         counts = work.counts
         warnings += [f"unreadable, its videos are done again: {file}" for file in cached.unreadable]
         warnings += [f"unreadable, its prompts are asked again: {file}" for file in done.unreadable]
+        warnings += [
+            f"unreadable, whether its videos are gone is not known: {file}; "
+            "jobs/compact.py drop_unreadable=true gives it up"
+            for file in lost
+        ]
         warnings += [gone.warning] if gone.warning else []
         say(_describe(run.run_id, counts))
         held_s = 0.0

@@ -21,12 +21,14 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    CredentialRetrievalError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
     ResponseStreamingError,
 )
+from botocore.exceptions import ConnectionError as NoConnection
 
 from pipeline import storage_local
 from pipeline.config import StorageConfig
@@ -53,7 +55,16 @@ _CHUNK_BYTES = 1 << 20
 _MULTIPART_BYTES = 64 << 20
 _MAX_PAUSE_S = 20.0
 
-_BROKEN_BODY = (IncompleteReadError, ResponseStreamingError, HTTPClientError, ConnectionError)
+# A connection that is refused or breaks off, a body that ends early, an answer that does not come,
+# credentials that cannot be fetched just now.
+_PASSING = (
+    NoConnection,
+    ConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseStreamingError,
+    CredentialRetrievalError,
+)
 
 
 def join(prefix: str, *parts: str) -> str:
@@ -280,7 +291,7 @@ class Storage:
                 if not passes(status, error.response["Error"]["Code"]):
                     raise refused(uri, error) from error
                 fault: Exception = error
-            except _BROKEN_BODY as error:
+            except _PASSING as error:
                 fault = error
             except (NoCredentialsError, PartialCredentialsError) as error:
                 raise forbidden(uri, str(error)) from error
@@ -290,10 +301,14 @@ class Storage:
             if attempt < self._config.attempts:
                 longest = min(_MAX_PAUSE_S, 0.2 * 2**attempt)
                 time.sleep(random.uniform(longest / 2, longest))
+        tries = f"in {self._config.attempts} tries (storage.attempts); the last: {fault}"
+        if isinstance(fault, CredentialRetrievalError):
+            raise forbidden(uri, f"no credentials {tries}") from fault
+        todo = "Run again when the store is well"
+        if isinstance(fault, NoConnection):
+            todo += "; if it is, check storage.endpoint_url"
         raise StorageError(
-            "storage_error",
-            f"{shown(uri)}: no complete answer in {self._config.attempts} tries "
-            f"(storage.attempts); the last: {fault}. Run again when the store is well",
+            "storage_error", f"{shown(uri)}: no complete answer {tries}. {todo}"
         ) from fault
 
 

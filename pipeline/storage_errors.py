@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 import boto3
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, CredentialRetrievalError
 
 from pipeline.redaction import redact
 
@@ -88,12 +88,15 @@ def changed(uri: str, why: str) -> StorageError:
 def forbidden(uri: str, why: str) -> StorageError:
     """Say which credentials were in use, without showing them."""
     if uri.startswith(S3):
-        credentials = boto3.session.Session().get_credentials()
-        used = (
-            f"credentials were found by '{credentials.method}'"
-            if credentials
-            else "no credentials were found in AWS_ACCESS_KEY_ID, AWS_PROFILE, ~/.aws or a role"
-        )
+        try:
+            credentials = boto3.session.Session().get_credentials()
+            used = (
+                f"credentials were found by '{credentials.method}'"
+                if credentials
+                else "no credentials were found in AWS_ACCESS_KEY_ID, AWS_PROFILE, ~/.aws or a role"
+            )
+        except CredentialRetrievalError:
+            used = "the place that credentials come from gives none"
         todo = "grant them s3:GetObject, s3:PutObject and s3:ListBucket, or use others"
     else:
         used, todo = f"this process runs as user {os.getuid()}", "grant it access to the file"

@@ -39,6 +39,7 @@ class Corpus:
         self.lost: set[str] = set()  # windows that are not durable when a run is killed
         self.compressed: list[str] = []
         self.asked: list[tuple[str, str]] = []
+        self.unreadable: list[str] = []  # videos files, of the last run over a prefix
         for name in NAMES:
             self.put(join("videos", name), name.encode())
 
@@ -61,8 +62,9 @@ class Corpus:
         done = AnswerIndex(STORAGE, config.output, fingerprint=fingerprint, max_attempts=tries)
         cached = CacheIndex(STORAGE, cache)
         roll_call = None
+        self.unreadable = []
         if not is_manifest(config.source):
-            known = known_videos(STORAGE, config.output, done.videos, cached)
+            known = known_videos(STORAGE, config.output, done.videos, cached, self.unreadable)
             roll_call = RollCall(known, config.source)
         work = list_work(
             config, STORAGE, done=done, cached=cached, folder=folder, roll_call=roll_call

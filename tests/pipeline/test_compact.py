@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import compact
-from pipeline import keys, rows, token_cache
+from pipeline import cache_keys, keys, rows, token_cache
 from pipeline.answer_index import AnswerIndex
-from pipeline.answers import commit, find_files, read_answers
+from pipeline.answers import COMMITTED, commit, find_files, read_answers
 from pipeline.compact_answers import compact_answers
 from pipeline.compact_cache import Compaction, compact_cache
 from pipeline.config import StorageConfig
@@ -145,6 +146,35 @@ def _until_done(folder: Path) -> None:
     pytest.fail("compaction finds always more to do")
 
 
+@pytest.mark.parametrize("broken", range(5))
+def test_a_part_file_that_cannot_be_opened_costs_its_own_rows(tmp_path: Path, broken: int) -> None:
+    """Its keys stand in a key file, so that the index offers them. One part is all superseded."""
+    parts = [[("a", 0), ("b", 0)], [("b", 1)], [("c", 2)], [("c", 3)], [("d", 4)]]
+    folder = tmp_path / keys.fingerprint(INGREDIENTS)
+    token_cache.write_fingerprint(STORAGE, str(folder), INGREDIENTS)
+    files = [
+        _part(folder, number, [_cached(name, version) for name, version in part])
+        for number, part in enumerate(parts)
+    ]
+    cache_keys.renew_keys(STORAGE, str(folder), [str(file) for file in files], [])
+    left = dict(video for n, part in enumerate(parts) if n != broken for video in part)
+    expected = {
+        name: _cached(name, left[name])["tokens"] if name in left else None for name in "abcd"
+    }
+    files[broken].write_bytes(files[broken].read_bytes()[:-20])
+    superseded = broken == 2
+    done = _compact_cache(STORAGE, folder)
+    assert {message.partition(".parquet")[0] for message in done.damaged} == (
+        set() if superseded else {str(files[broken].with_suffix(""))}
+    )
+    assert _tokens(folder) == expected
+    _until_done(folder)
+    assert _tokens(folder) == expected
+    assert not files[broken].exists()
+    assert not list(folder.glob("bad-*"))
+    assert list(verify_cache(STORAGE, str(folder))) == []
+
+
 @pytest.mark.parametrize("target_bytes", [1 << 30, 9000])
 def test_a_cache_is_whole_after_every_step_and_every_kill(
     tmp_path: Path, target_bytes: int
@@ -265,6 +295,7 @@ def _output(root: Path) -> Path:
     _run(output, "20260101T000000Z-0", [_answer("a1", "p", 0), _failure("b1", "p", 0)])
     _run(output, "20260102T000000Z-0", [_answer("a2", "p", 1), _answer("b1", "p", 1)])
     _run(output, "20260103T000000Z-0", [_failure("c1", "p", n, attempts=n) for n in (2, 3)])
+    _run(output, "20260104T000000Z-0", [])
     return output
 
 
@@ -309,11 +340,38 @@ def test_answers_are_seen_once_after_every_step_and_every_kill(tmp_path: Path) -
         left = find_files(str(output), STORAGE)
         assert (len(left.committed), left.orphans) == (2, ())
         assert len(list(output.rglob("*.parquet"))) == 2
+        assert len(list(output.rglob(COMMITTED))) == 1
         assert _compact_answers(STORAGE, output) == Compaction()
         if not killed:
             assert changes > 10
             return
     pytest.fail("never came to its end")
+
+
+def test_markers_of_nights_without_work_go_when_their_grace_period_ends(tmp_path: Path) -> None:
+    output = _output(tmp_path)
+    for night in range(5, 9):
+        _run(output, f"2026010{night}T000000Z-0", [])
+    expected = _seen(output)
+    for _ in range(2):
+        _compact_answers(STORAGE, output, grace_s=3600.0)
+    markers = {path.parent.name for path in output.rglob(COMMITTED)}
+    assert {f"2026010{night}T000000Z-0" for night in range(1, 9)} < markers
+    later = datetime.now(UTC) + timedelta(hours=2)
+    _compact_answers(STORAGE, output, grace_s=3600.0, now=later)
+    (marker,) = output.rglob(COMMITTED)
+    assert marker.parent.name in markers
+    assert _seen(output) == expected
+    assert list(verify_output(STORAGE, str(output))) == []
+
+
+def test_nothing_is_left_of_an_output_that_was_given_up(tmp_path: Path) -> None:
+    output = _output(tmp_path)
+    for file in output.rglob("*.parquet"):
+        file.write_bytes(b"lost")
+    _compact_answers(STORAGE, output, drop_unreadable=True)
+    _compact_answers(STORAGE, output)
+    assert not [path for path in output.rglob("*") if path.is_file()]
 
 
 def test_replaced_answers_stay_for_the_grace_period(tmp_path: Path) -> None:
@@ -413,6 +471,24 @@ def test_files_that_cannot_be_read_are_given_up_when_that_is_asked_for(
     _compact_answers(STORAGE, output)
     assert not broken.exists()
     assert list(verify_output(STORAGE, str(output))) == []
+
+
+def test_no_answers_are_given_up_for_shortage_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = _output(tmp_path)
+    expected = _seen(output)
+
+    def short(*_: object, **__: object) -> None:
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetFile, "read", short)
+        with pytest.raises(MemoryError):
+            _compact_answers(STORAGE, output, drop_unreadable=True)
+        with pytest.raises(MemoryError):
+            AnswerIndex(STORAGE, str(output), fingerprint="f")
+    assert _seen(output) == expected
 
 
 def test_the_job_compacts_both_and_says_so(

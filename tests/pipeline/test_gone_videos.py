@@ -79,6 +79,29 @@ def test_what_is_gone_is_removed_when_that_is_asked_for(corpus: Corpus) -> None:
     assert (report.gone, report.removed) == (0, 0)
 
 
+@pytest.mark.parametrize("content", [None, b"PAR1 no longer"])
+def test_a_videos_file_that_is_lost_or_damaged_is_said_and_costs_no_run(
+    corpus: Corpus, content: bytes | None
+) -> None:
+    _run(corpus)
+    found, _ = list_output(corpus.config.output, STORAGE)
+    (videos,) = [uri for uri in found if "/videos-" in uri]
+    STORAGE.delete(videos)
+    if content:
+        STORAGE.write(videos, content)
+    _delete(corpus, "b.mp4")
+    _set(corpus, delete=True, max_share=0.5)
+    report = _run(corpus)  # readers see what was answered about it, so it is known
+    assert (corpus.unreadable, report.gone, report.removed) == ([videos], 1, 1)
+    assert corpus.seen() == [A, BROKEN]
+    assert _run(corpus).gone == 0
+    assert corpus.unreadable == [videos]
+    options: dict[str, Any] = {"target_bytes": 1 << 30, "grace_s": 0.0, "now": datetime.now(UTC)}
+    compact_answers(STORAGE, corpus.config.output, drop_unreadable=True, **options)
+    _run(corpus)
+    assert corpus.unreadable == []
+
+
 def test_an_object_that_comes_back_is_answered_again(corpus: Corpus) -> None:
     _run(corpus)
     _set(corpus, delete=True, max_share=0.5)

@@ -61,6 +61,40 @@ def test_a_second_run_is_refused_by_the_name_of_the_first(output: str) -> None:
         assert len(_leases(output)) == 1  # the older ones are cleared away
 
 
+def test_who_has_a_short_lease_respects_one_that_is_renewed_seldom(output: str) -> None:
+    said: list[str] = []
+    with hold(STORAGE, output, "run one", expiry_s=12, say=_silent) as lease:  # renews after 3 s
+        with (
+            pytest.raises(StartupError, match="held by run one"),
+            hold(STORAGE, output, "run two", expiry_s=1, say=said.append),
+        ):
+            pytest.fail("both hold it")
+        lease.check()
+    assert "waiting up to 12 s" in said[0]
+
+
+def test_a_lease_that_is_renewed_while_it_is_read_is_respected(
+    output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, times = Storage.read, 0
+
+    def read(self: Storage, uri: str) -> bytes:
+        nonlocal times
+        times += 1
+        if times % 2:
+            raise StorageError("changed", "as S3 says when the etag is no longer that of the head")
+        return whole(self, uri)
+
+    with hold(STORAGE, output, "run one", expiry_s=2, say=_silent) as lease:
+        monkeypatch.setattr(Storage, "read", read)
+        with (
+            pytest.raises(StartupError, match="held by run one"),
+            hold(STORAGE, output, "run two", expiry_s=2, say=_silent),
+        ):
+            pytest.fail("both hold it")
+        lease.check()
+
+
 def test_of_many_that_start_at_once_at_most_one_holds(output: str) -> None:
     count, most = 0, 0
     lock, done = threading.Lock(), threading.Event()
@@ -97,18 +131,20 @@ import os, sys
 from pipeline.config import StorageConfig
 from pipeline.lease import hold
 from pipeline.storage import Storage
-with hold(Storage(StorageConfig()), sys.argv[1], "dead run", expiry_s=60, say=print):
+expiry_s = float(sys.argv[2])
+with hold(Storage(StorageConfig()), sys.argv[1], "dead run", expiry_s=expiry_s, say=print):
     os._exit(9)
 """
 
 
-def _die(output: str) -> None:
-    done = subprocess.run([sys.executable, "-c", _DIES, output], check=False, timeout=60)
+def _die(output: str, expiry_s: float) -> None:
+    command = [sys.executable, "-c", _DIES, output, str(expiry_s)]
+    done = subprocess.run(command, check=False, timeout=60)
     assert done.returncode == 9
 
 
 def test_a_dead_process_of_this_host_gives_way_at_once(output: str) -> None:
-    _die(output)
+    _die(output, 60)
     said: list[str] = []
     with hold(STORAGE, output, "next run", expiry_s=60, say=said.append) as lease:
         lease.check()
@@ -124,7 +160,7 @@ def _move_away(output: str) -> str:
 
 
 def test_a_run_of_another_host_that_renews_nothing_is_taken_over(output: str) -> None:
-    _die(output)
+    _die(output, 2)
     _move_away(output)
     said: list[str] = []
     with hold(STORAGE, output, "next run", expiry_s=2, say=said.append) as lease:
@@ -155,8 +191,13 @@ def test_who_cannot_renew_stops(output: str, monkeypatch: pytest.MonkeyPatch) ->
             lease.check()
 
 
-def test_a_broken_lease_is_said(output: str) -> None:
-    STORAGE.write(f"{output}/_lease/00000001.json", b"{}")
+@pytest.mark.parametrize("time_", [None, "soon"])
+def test_a_broken_lease_is_said(output: str, time_: str | None) -> None:
+    with hold(STORAGE, output, "run", expiry_s=2, say=_silent):
+        (uri,) = _leases(output)
+        owner = json.loads(STORAGE.read(uri))
+    broken = {**owner, "expires_at": time_} if time_ else {}
+    STORAGE.write(f"{output}/_lease/00000001.json", json.dumps(broken).encode())
     with (
         pytest.raises(StartupError, match=r"00000001\.json is broken"),
         hold(STORAGE, output, "run", expiry_s=2, say=_silent),

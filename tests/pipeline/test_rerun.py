@@ -12,11 +12,12 @@ from jobs import show_answers
 from pipeline import rows
 from pipeline.answer_index import AnswerIndex
 from pipeline.answers import list_output, read_answers
+from pipeline.cache_keys import renew_keys
 from pipeline.compact_answers import compact_answers
 from pipeline.config import AnswerConfig, StorageConfig
 from pipeline.errors import StartupError
 from pipeline.storage import Storage, join
-from pipeline.token_cache import CacheIndex
+from pipeline.token_cache import CacheIndex, find_folders, list_folder
 from pipeline.verify import verify_output
 from tests.pipeline.corpus import STORAGE, Corpus
 
@@ -244,6 +245,31 @@ def test_a_key_is_found_in_the_cache_when_the_answers_are_gone(corpus: Corpus) -
     corpus.run()
     assert corpus.asked == [("b.mp4", "Who?")]
     assert corpus.seen() == [("b.mp4", "ok")]
+
+
+def test_a_key_is_found_in_the_cache_when_a_videos_file_is_lost(corpus: Corpus) -> None:
+    corpus.run()
+    found, _ = list_output(corpus.config.output, STORAGE)
+    (videos,) = [uri for uri in found if "/videos-" in uri]
+    _ask_by_key(corpus, "Who?")
+    STORAGE.delete(videos)
+    corpus.run()
+    assert corpus.asked == [("b.mp4", "Who?")]
+
+
+def test_a_key_whose_cache_file_is_broken_is_found_in_the_answers(corpus: Corpus) -> None:
+    corpus.run()
+    (folder,) = find_folders(STORAGE, corpus.config.cache_root)
+    found = list_folder(STORAGE, folder)
+    renew_keys(STORAGE, folder, found.files, found.key_files)  # these go on offering it
+    for file in found.files:
+        STORAGE.write(file, STORAGE.read(file)[:-20])
+    _ask_by_key(corpus, "Who?")
+    report = corpus.run()
+    assert report is not None
+    assert (report.failed_by_type, corpus.compressed) == ({"cache_corrupt": 1}, [])
+    corpus.run()
+    assert (corpus.asked, corpus.compressed) == ([("b.mp4", "Who?")], ["b.mp4"])
 
 
 def test_failures_are_shown_by_the_command_the_report_names(

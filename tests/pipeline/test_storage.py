@@ -42,9 +42,19 @@ class Faulty:
                 faulty.ranges.append(self.headers.get("Range", ""))
                 faulty.answer(self, with_body=True)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self._handler = Handler
+        self.port = 0
+        self.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler)
+        self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler, *, with_body: bool) -> None:
         fault = self.faults.pop(0) if self.faults and with_body else None
@@ -78,8 +88,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
     faulty = Faulty()
     faulty.objects["/bucket/video.mp4"] = CONTENT
     yield faulty
-    faulty.server.shutdown()
-    faulty.server.server_close()
+    faulty.stop()
 
 
 def made(faulty: Faulty, attempts: int = 4) -> Storage:
@@ -113,6 +122,58 @@ def test_a_server_that_never_answers_is_given_up_after_the_attempts(
         made(faulty).download(INFO, tmp_path / "video")
     assert caught.value.error_type == "storage_error"
     assert len(faulty.ranges) == 4
+
+
+def test_a_store_that_restarts_is_waited_for(
+    faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = made(faulty)
+    assert storage.read(INFO.uri) == CONTENT
+    faulty.stop()
+    refused = 0
+
+    def pause(_: float) -> None:
+        nonlocal refused
+        refused += 1
+        if refused == 3:
+            faulty.start()
+
+    monkeypatch.setattr("time.sleep", pause)  # botocore's pauses among them
+    assert storage.read(INFO.uri) == CONTENT
+    assert refused >= 3
+
+
+def test_a_closed_port_is_given_up_after_the_attempts(faulty: Faulty) -> None:
+    faulty.stop()
+    with pytest.raises(StorageError, match=r"in 2 tries .*check storage\.endpoint_url") as caught:
+        made(faulty, attempts=2).read(INFO.uri)
+    assert caught.value.error_type == "storage_error"
+
+
+@pytest.mark.parametrize(("fails", "error_type"), [(2, None), (99, "forbidden")])
+def test_credentials_that_cannot_be_fetched_are_asked_for_again(
+    faulty: Faulty,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: int,
+    error_type: str | None,
+) -> None:
+    calls, given = tmp_path / "calls", tmp_path / "given"
+    given.write_text('{"Version": 1, "AccessKeyId": "id", "SecretAccessKey": "do-not-tell"}')
+    script = tmp_path / "fetch.sh"
+    script.write_text(f"echo >> {calls}; [ $(wc -l < {calls}) -gt {fails} ] || exit 1; cat {given}")
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = sh {script}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    if error_type is None:
+        assert made(faulty).read(INFO.uri) == CONTENT
+        return
+    with pytest.raises(StorageError, match="no credentials in 4 tries") as caught:
+        made(faulty).read(INFO.uri)
+    assert caught.value.error_type == error_type
+    assert faulty.ranges == []
 
 
 @pytest.mark.parametrize(("status", "error_type"), [(404, "not_found"), (403, "forbidden")])

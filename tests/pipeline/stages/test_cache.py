@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pipeline import keys, rows, token_cache
 from pipeline.config import StorageConfig
 from pipeline.errors import StartupError
+from pipeline.parquet import UNREADABLE
 from pipeline.stages.cache import ReadCache, WriteCache
 from pipeline.storage import Storage, StorageError
 from pipeline.token_cache import CacheIndex
@@ -285,6 +286,27 @@ def test_a_store_that_breaks_off_fails_the_row_and_leaves_no_tombstone(
     (row,) = _call([{**_identity("a"), "cache_file": str(part), "cache_row": 0}])
     assert (row["error_type"], row["error_message"]) == ("storage_error", "no complete answer")
     assert list(tmp_path.iterdir()) == [part]
+
+
+def test_shortage_of_memory_stops_the_reader_and_buries_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path, [_kept("a")])
+
+    def short(*_: object, **__: object) -> None:
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", short)
+    with pytest.raises(MemoryError):
+        _read(tmp_path, ["a"])
+    assert not list(tmp_path.glob("bad-*"))
+
+
+def test_all_that_arrow_raises_is_damage_but_shortage_and_interruption() -> None:
+    kinds = {kind for kind in vars(pa).values() if isinstance(kind, type)}
+    raised = {kind for kind in kinds if issubclass(kind, pa.ArrowException)}
+    damage = {kind for kind in raised if issubclass(kind, UNREADABLE)}
+    assert raised - damage == {pa.ArrowException, pa.ArrowMemoryError, pa.ArrowCancelled}
 
 
 def test_the_tokens_of_another_video_are_refused(tmp_path: Path) -> None:

@@ -566,7 +566,7 @@ def test_the_work_list_does_not_depend_on_how_much_lies_in_memory(
         )
         done = AnswerIndex(STORAGE, str(corpus.output), fingerprint=FINGERPRINT)
         cached = CacheIndex(STORAGE, str(corpus.cache))
-        known = known_videos(STORAGE, str(corpus.output), done.videos, cached)
+        known = known_videos(STORAGE, str(corpus.output), done.videos, cached, [])
         roll_call = RollCall(known, config.source)
         listed = list_work(
             config,
