@@ -268,8 +268,8 @@ def test_what_the_user_must_mend_is_said_before_anything_is_decoded(
         ),
         (replace(config, pools=replace(config.pools, decode_actors=9)), "2 CPUs are too few"),
         (
-            replace(config, pools=replace(config.pools, compress_gpus=1.0)),
-            "0 GPUs are too few: compressing and answering take 1",
+            replace(config, pools=replace(config.pools, compress_gpus=1.0, answer_gpus=0.5)),
+            "0 GPUs are too few: compressing and answering take 1.5",
         ),
     ):
         with pytest.raises(StartupError, match=message):
