@@ -6,7 +6,7 @@ is selected, D width, n kept.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial, reduce
 
 import numpy as np
 import torch
@@ -173,24 +173,34 @@ def compress_planned(
 
     Raises ValueError for a missing selector where audio would have to be selected.
     """
-    audio = plan.audio
+    groups: tuple[AudioPlan | None, ...] = plan.audio or (None,)
     chooses = selector is not None or plan.deciders.audio == "chance"
-    if audio and not chooses and plan.shares.audio > 0:
+    if plan.audio and not chooses and plan.shares.audio > 0:
         raise ValueError(
             f"audio_drop={plan.shares.audio} needs a selector; pass one or drop no audio"
         )
     # Where nothing is dropped only training needs the scores.
     if not chooses or (plan.shares.audio == 0 and not torch.is_grad_enabled()):
-        audio = None
+        groups = (None,)
     tokens_LD = lay_end_to_end(embeds)
     if tokens_LD.is_cuda and not torch.is_grad_enabled() and plan.deciders == COMPLETE:
-        keep_L, score = _compiled_decide()(tokens_LD, plan.video, audio, selector)
+        decide = _compiled_decide()
     else:
-        keep_L, score = _decide(tokens_LD, plan.video, audio, selector, plan.deciders, plan.chance)
-    if audio and score is not None and score.requires_grad:
+        decide = partial(_decide, deciders=plan.deciders, chance_L=plan.chance)
+    keeps, scored = [], []
+    for audio in groups:
+        # Prunes the video each time, alike: one compiled graph serves any number of groups.
+        keep_L, score = decide(tokens_LD, plan.video, audio, selector)
+        keeps.append(keep_L)
+        if audio is not None and score is not None and score.requires_grad:
+            scored.append((audio.audio, score))
+    if scored:
         through = torch.zeros(tokens_LD.shape[0], device=tokens_LD.device)
-        through = through.scatter_add(0, audio.audio.flatten(), (score - score.detach()).flatten())
+        for index_RA, score_RA in scored:
+            change = score_RA - score_RA.detach()
+            through = through.scatter_add(0, index_RA.flatten(), change.flatten())
         tokens_LD = tokens_LD * (1 + through)[:, None].to(tokens_LD.dtype)
+    keep_L = reduce(torch.logical_and, keeps)
     return gather_kept(plan.positions, tokens_LD, keep_L, plan.kept)
 
 

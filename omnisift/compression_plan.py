@@ -9,6 +9,7 @@ is selected.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from omnisift.chance import draw
-from omnisift.layout import find_chunks
+from omnisift.layout import find_chunks, rows_alike
 from omnisift.transfer import upload
 
 
@@ -61,7 +62,7 @@ class VideoPlan(NamedTuple):
 
 
 class AudioPlan(NamedTuple):
-    """The chunks whose audio is selected, on the device."""
+    """Chunks with about as much audio each, from which some is selected; on the device."""
 
     chunk: Tensor  # [R] their numbers
     num_context: Tensor  # [R] surviving video tokens; they are the context
@@ -81,7 +82,7 @@ class CompressionPlan:
     positions: tuple[Tensor, ...]  # [3, L] of each sequence, as given
     kept: tuple[int, ...]  # tokens that survive of each sequence
     video: VideoPlan
-    audio: AudioPlan | None  # None: no chunk has audio to select from
+    audio: tuple[AudioPlan, ...]  # one, but of unlike windows several; none: nothing to select
 
     @property
     def lengths(self) -> list[int]:
@@ -112,20 +113,24 @@ def plan_compression(
     has_context = (context > 0) | (deciders.audio == "audio")
     selects = has_context & (chunks.num_audio > 1)
     drop_audio = np.where(selects, (chunks.num_audio * shares.audio).astype(np.int64), 0)
-    rows = np.flatnonzero(selects)
-    on_device = upload(
-        [
-            *(chunks.first, chunks.num_first, drop_first),
-            *(chunks.second, chunks.num_second, drop_second),
-            *(rows, context[rows], chunks.audio[rows], chunks.num_audio[rows]),
-            (chunks.num_audio - drop_audio)[rows],
-        ],
-        device,
-    )
-    audio = None
-    if rows.size:
-        chosen, num_context, *rest = on_device[6:]
-        audio = AudioPlan(chosen, num_context, int(context[rows].max()), *rest)
+    arrays_of_video = [chunks.first, chunks.num_first, drop_first]
+    arrays_of_video += [chunks.second, chunks.num_second, drop_second]
+    # One window may hold minutes of sound (a clip's last has no end) beside many of two seconds.
+    selected = np.flatnonzero(selects)
+    groups = [selected[alike] for alike in rows_alike(chunks.num_audio[selected])]
+    arrays_of_audio = [
+        array
+        for rows in groups
+        for array in (
+            *(rows, context[rows], chunks.audio[rows, : chunks.num_audio[rows].max()]),
+            *(chunks.num_audio[rows], (chunks.num_audio - drop_audio)[rows]),
+        )
+    ]
+    on_device = iter(upload(arrays_of_video + arrays_of_audio, device))
+    video, audio = VideoPlan(*islice(on_device, 6)), []
+    for rows in groups:
+        chosen, num_context, *rest = islice(on_device, 5)
+        audio.append(AudioPlan(chosen, num_context, int(context[rows].max()), *rest))
     lengths = [len(ids) for ids, _ in arrays]
     dropped = np.bincount(
         chunks.sequences(lengths),
@@ -141,6 +146,6 @@ def plan_compression(
         chance=chance,
         positions=tuple(positions for _, positions in layouts),
         kept=tuple(length - int(num) for length, num in zip(lengths, dropped, strict=True)),
-        video=VideoPlan(*on_device[:6]),
-        audio=audio,
+        video=video,
+        audio=tuple(audio),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from omnisift.compress import Compressed, DropShares, Sequence3d, check_inputs, gather_kept
-from omnisift.layout import Integers, find_grids, pad_rows
+from omnisift.layout import Integers, find_grids, pad_rows, rows_alike
 from omnisift.video_pruning import drop_highest, temporal_similarity
 
 GROUP = 4
@@ -70,21 +70,21 @@ def _drop_repeated(
         (counts * min(1.0, share * 4 / 3)).astype(np.int64),
         0,
     )
-    if not num_dropped.any():
-        return 0
-    later = np.flatnonzero(num_dropped)
 
     def on_device(array: Integers) -> Tensor:
         return torch.from_numpy(array).to(embeds_LD.device)
 
-    index_RN = on_device(rows[later])
-    valid = torch.arange(rows.shape[1], device=embeds_LD.device) < on_device(counts[later])[:, None]
-    similarity = temporal_similarity(
-        embeds_LD[index_RN], embeds_LD[on_device(rows[partner[later]])]
-    )
-    kept = drop_highest(similarity, valid, on_device(num_dropped[later]))
-    # Each token stands in one row; the padding (index 0) is pointed at its row's first token.
-    index_RN = torch.where(valid, index_RN, index_RN[:, :1])
-    kept = torch.where(valid, kept, kept[:, :1])
-    keep_L[index_RN] = kept
+    later = np.flatnonzero(num_dropped)
+    for alike in rows_alike(counts[later]):
+        chosen = later[alike]
+        width = counts[chosen].max()
+        index_RN = on_device(rows[chosen, :width])
+        valid = torch.arange(width, device=embeds_LD.device) < on_device(counts[chosen])[:, None]
+        similarity = temporal_similarity(
+            embeds_LD[index_RN], embeds_LD[on_device(rows[partner[chosen], :width])]
+        )
+        kept = drop_highest(similarity, valid, on_device(num_dropped[chosen]))
+        # Each token stands in one row; the padding (index 0) is pointed at its row's first token.
+        index_RN = torch.where(valid, index_RN, index_RN[:, :1])
+        keep_L[index_RN] = torch.where(valid, kept, kept[:, :1])
     return int(num_dropped.sum())

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.compress import Compressed, DropShares, compress, compress_batch, drop_shares
+from omnisift.compression_plan import plan_compression
 from omnisift.layout import ModelLayout, place_block
 from tests.omnisift.slow_compress import SlowCompressed, slow_chunks, slow_compress
 
@@ -102,6 +103,11 @@ def placed_layouts(draw: st.DrawFn) -> Sequence3d:
     return Sequence3d([TEXT] * before + block.ids.tolist() + [TEXT] * after, positions.tolist())
 
 
+# Windows of 10, 10 and 70 audio tokens: the last has no end, and a group of its own.
+LONG_SOUND = in_order(
+    [(VIDEO, 5 * grid, row, grid) for grid in range(6) for row in range(3)]
+    + [(AUDIO, time, time, time) for time in range(90)]
+)
 LAYOUTS = invented_layouts() | placed_layouts()
 SHARES = st.sampled_from([0.0, 0.3, 0.4, 0.5, 0.67, 0.7, 0.77, 1.0]) | st.floats(0, 1)
 
@@ -176,6 +182,7 @@ def assert_same(one: Compressed, other: Compressed) -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
+@example(layouts=[LONG_SOUND] * 2, video_drop=0.77, audio_drop=0.5, dtype=torch.float32, seed=7)
 def test_equals_the_slow_loop_alone_and_in_a_batch(
     layouts: list[Sequence3d], video_drop: float, audio_drop: float, dtype: torch.dtype, seed: int
 ) -> None:
@@ -212,6 +219,7 @@ def test_equals_the_slow_loop_alone_and_in_a_batch(
     audio_drop=SHARES,
     seed=st.integers(0, 2**31),
 )
+@example(layouts=[LONG_SOUND] * 2, video_drop=0.77, audio_drop=0.5, seed=7)
 def test_gradients_equal_the_slow_loops_autograd(
     layouts: list[Sequence3d], video_drop: float, audio_drop: float, seed: int
 ) -> None:
@@ -300,6 +308,21 @@ def test_of_equally_similar_tokens_the_lower_index_is_dropped(
     oracle = slow(embeds, layout, selector, video_drop, 0.0)
     [result] = fast([(embeds, ids, positions)], selector, video_drop, 0.0)
     assert result.keep_mask.tolist() == oracle.keep
+
+
+def test_only_windows_of_unlike_length_are_decided_apart() -> None:
+    usual = block_sequence(grids=9, height=2, width=2, audio_tokens=237)
+    for layouts, groups in (([usual] * 3, 1), ([LONG_SOUND] * 2, 2)):
+        plan = plan_compression(
+            [(torch.tensor(one.ids), torch.tensor(one.positions)) for one in layouts],
+            DropShares(0.77, 0.5),
+            video_token_id=VIDEO,
+            audio_token_id=AUDIO,
+            device=torch.device("cpu"),
+        )
+        assert len(plan.audio) == groups
+        padded = sum(audio.audio.numel() for audio in plan.audio)
+        assert padded <= 2 * sum(one.ids.count(AUDIO) for one in layouts)
 
 
 def test_a_still_grid_loses_its_first_tokens() -> None:

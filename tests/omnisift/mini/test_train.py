@@ -245,8 +245,8 @@ def test_the_selector_alone_learns_and_the_llm_stays(
     assert all(name.startswith("selector.") for name in changed)
     # What a scene's losses are multiplied with are its own chunks: they follow one another.
     plan = Trainer(student, lessons, recipe, CPU)._plan(6, 152, 2, shares_for(0.25))
-    assert plan.audio is not None
-    first = plan.audio.audio[:, 0]
+    [audio] = plan.audio
+    first = audio.audio[:, 0]
     assert len(first) == 2 * 3
     assert (first.diff() > 0).all()
 
