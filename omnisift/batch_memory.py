@@ -38,7 +38,7 @@ class MemoryBudget:
     bytes_per_patch: int  # of a slice of the vision tower
     bytes_per_token: int  # of an embedding
     copies: int  # of all embeddings, alive at once while they are compressed; two at least
-    kept: float  # share of the tokens that survive, at most
+    kept: float  # share of the tokens that survive at most (methods.most_kept)
 
     @property
     def max_patches(self) -> int:

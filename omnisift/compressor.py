@@ -20,7 +20,7 @@ from omnisift.batch_memory import ClipSize, MemoryBudget
 from omnisift.compress import Compressed, DropShares
 from omnisift.layout import Block, Modality, num_audio_tokens, place_block
 from omnisift.media import FACTOR, TEMPORAL_PATCH, num_mel_frames
-from omnisift.methods import compress_with, find_method
+from omnisift.methods import compress_with, find_method, most_kept
 from omnisift.transfer import Download, start_download
 
 
@@ -159,7 +159,7 @@ class VideoCompressor:
             bytes_per_token=self.backbone.width * self.backbone.dtype.itemsize,
             # placed, laid end to end, and what the method works with: compiled or in float32
             copies=3 if self.method in ("omnisift", "none") else 6,
-            kept=1.0 if self.method == "none" else 1 - min(self.shares.video, self.shares.audio),
+            kept=most_kept(self.method, self.shares),
         )
 
     def block_of(self, clip: Clip) -> Block:

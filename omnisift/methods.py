@@ -7,9 +7,16 @@ from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.baselines.dycoke import merge_temporally
-from omnisift.baselines.omnizip import zip_tokens
+from omnisift.baselines.omnizip import ANCHORS, LOWEST, zip_tokens
 from omnisift.baselines.random_drop import drop_at_random
-from omnisift.compress import COMPLETE, Compressed, Deciders, Sequence3d, compress_batch
+from omnisift.compress import (
+    COMPLETE,
+    Compressed,
+    Deciders,
+    DropShares,
+    Sequence3d,
+    compress_batch,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,28 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"the method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
+
+
+def most_kept(method: str, shares: DropShares) -> float:
+    """Return the share of a video's tokens that survives at most, whatever its sound.
+
+    But for rounding: below one token of each grid and of each piece of sound, and below one grid
+    of the last group of "dycoke".
+    """
+    kept_video, kept_audio = 1 - shares.video, 1 - shares.audio
+    match method:
+        case "none":
+            return 1.0
+        case "dycoke":  # one of four rows stays whole
+            kept_video, kept_audio = max(0.25, kept_video), max(0.25, kept_audio)
+        case "omnizip":  # clamps the share of groups with sound, and keeps anchors
+            kept_video = max(kept_video, 1 - LOWEST) if shares.video > 0 else 1.0
+            kept_audio = min(1.0, kept_audio + ANCHORS)
+        case "random" | "omnisift_audio_only":
+            pass
+        case _ if shares.video == 1:
+            kept_audio = 1.0  # nothing seen is left that could select it
+    return max(kept_video, kept_audio)
 
 
 def compress_with(

@@ -14,9 +14,9 @@ from omnisift.compress import Compressed, DropShares, Sequence3d, check_inputs, 
 from omnisift.layout import Grids, Integers, find_grids
 from omnisift.video_pruning import drop_highest, temporal_similarity
 
-_ANCHORS = 0.05  # of the clip's audio tokens
+ANCHORS = 0.05  # of the clip's audio tokens
 _MERGED = 3  # tokens an anchor takes in
-_LOWEST, _HIGHEST = 0.35, 0.75  # share of video a group may lose
+LOWEST, _HIGHEST = 0.35, 0.75  # share of video a group may lose
 _POOL_ROWS = 1024  # audio tokens compared with the whole video at a time
 
 
@@ -83,7 +83,7 @@ def _zip_audio(
     num_top = round((1 - audio_drop) * num)
     order = importance_A.to(audio_AD.device).float().sort(descending=True, stable=True).indices
     rest = order[num_top:].sort().values
-    num_anchors = min(round(_ANCHORS * num), len(rest))
+    num_anchors = min(round(ANCHORS * num), len(rest))
     kept = torch.zeros(num, dtype=torch.bool, device=audio_AD.device)
     kept[order[:num_top]] = True
     if num_anchors == 0:
@@ -137,7 +137,7 @@ def group_shares(
     if len(guided) == 0:
         return shares
     # the division first: equal shares are equal floats then, and the first of equals is fixed
-    base = _HIGHEST - (_HIGHEST - _LOWEST) * (num_kept[guided] / num_audio[guided])
+    base = _HIGHEST - (_HIGHEST - LOWEST) * (num_kept[guided] / num_audio[guided])
     if len(guided) > 2:
         tokens = num_video[guided]
         between = np.ones(len(guided), dtype=bool)
@@ -145,7 +145,7 @@ def group_shares(
         fixed = (base * tokens)[~between].sum()
         wanted = video_drop * tokens.sum() - fixed
         base[between] *= wanted / (base * tokens)[between].sum()
-    shares[guided] = base.clip(_LOWEST, _HIGHEST)
+    shares[guided] = base.clip(LOWEST, _HIGHEST)
     return shares
 
 

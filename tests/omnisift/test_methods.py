@@ -14,7 +14,7 @@ from omnisift.checkpoint import build_selector, load_backbone, read_selector
 from omnisift.compress import DropShares, Sequence3d, compress_batch, drop_shares
 from omnisift.compressor import Clip, VideoCompressor
 from omnisift.layout import ModelLayout, place_block
-from omnisift.methods import METHODS, compress_with
+from omnisift.methods import METHODS, compress_with, most_kept
 from omnisift.mini.tiny import write_tiny_model
 
 LAYOUT = ModelLayout()
@@ -33,9 +33,9 @@ def backbone(folder: Path) -> Backbone:
     return load_backbone(folder, part="towers")
 
 
-def _sequence(audio_tokens: int) -> Sequence3d:
+def _sequence(audio_tokens: int, grids: int = 8, height: int = 3) -> Sequence3d:
     block = place_block(
-        LAYOUT, grids=8, height=3, width=4, seconds_per_grid=1.0, audio_tokens=audio_tokens
+        LAYOUT, grids=grids, height=height, width=4, seconds_per_grid=1.0, audio_tokens=audio_tokens
     )
     generator = torch.Generator().manual_seed(audio_tokens)
     embeds = torch.randn(len(block.ids), WIDTH, generator=generator) + 0.5
@@ -72,6 +72,37 @@ def test_a_batch_of_sound_and_silence(method: str, shares: DropShares) -> None:
             assert torch.equal(result.embeds.detach(), embeds)
         elif shares == SHARES and method != "omnizip":  # which clamps, and keeps anchors
             assert float(result.keep_mask[media].float().mean()) == pytest.approx(0.44, abs=0.12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("video_drop", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize("audio_drop", [0.1, 0.9])
+def test_no_clip_keeps_more_than_is_counted(
+    method: str, video_drop: float, audio_drop: float
+) -> None:
+    """Video alone, with usual sound, and a picture under long sound."""
+    shares = DropShares(video=video_drop, audio=audio_drop)
+    torch.manual_seed(0)
+    selector = AudioSelector(WIDTH, 16, 2)
+    for grids, audio_tokens in ((16, 0), (16, 400), (5, 300)):
+        sequence = _sequence(audio_tokens, grids, height=8)
+        [result] = compress_with(
+            method,
+            [sequence],
+            video_drop=video_drop,
+            audio_drop=audio_drop,
+            video_token_id=LAYOUT.video_token_id,
+            audio_token_id=LAYOUT.audio_token_id,
+            selector=selector,
+            video_keys=["a"],
+            audio_importance=_importance([sequence]),
+        )
+        kinds = torch.tensor([LAYOUT.video_token_id, LAYOUT.audio_token_id])
+        media = torch.isin(sequence[1], kinds)
+        rounding = 2 * grids + 32 * (method == "dycoke" and grids % 4 > 0)
+        kept = int(result.keep_mask[media].sum())
+        assert kept <= most_kept(method, shares) * int(media.sum()) + rounding
+        assert most_kept(method, shares) <= 1
 
 
 def test_omnisift_is_the_published_method() -> None:
