@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone, language_model
 from omnisift.checkpoint import SELECTOR_PREFIX
-from omnisift.compress import DropShares
-from omnisift.compression_plan import plan_compression
+from omnisift.compression_plan import COMPLETE, Deciders, DropShares, plan_compression
 from omnisift.compressor import Clip, TooLongError, VideoCompressor
 from omnisift.layout import Block, Modality
 from omnisift.methods import TRAINED_METHODS, compress_with, find_method
@@ -168,12 +167,15 @@ class PrunedLoss(nn.Module):
         if self.method == "none":
             return len(block.ids)
         layout = self.backbone.layout
+        # Of chance and scores alike as many stay; but these lose sound whatever is still seen.
+        alone = self.method in ("random", "omnisift_audio_only")
         plan = plan_compression(
             [(torch.from_numpy(block.ids), torch.from_numpy(block.positions))],
             self.shares,
             video_token_id=layout.video_token_id,
             audio_token_id=layout.audio_token_id,
             device=torch.device("cpu"),
+            deciders=Deciders(audio="audio") if alone else COMPLETE,
         )
         return plan.kept[0]
 

@@ -12,8 +12,10 @@ from omnisift.answer import Answerer
 from omnisift.audio_selection import AudioSelector
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
 from omnisift.compress import drop_shares
+from omnisift.compression_plan import DropShares
 from omnisift.compressor import Clip, TooLongError, VideoCompressor
 from omnisift.layout import Modality
+from omnisift.methods import TRAINED_METHODS
 from omnisift.mini.tiny import write_tiny_model
 from omnisift.training.pruned_loss import Example, PrunedLoss
 from tests.omnisift.slow_compress import slow_compress
@@ -302,6 +304,25 @@ def test_what_does_not_fit_is_said_before_the_towers_run(
     loss.backbone.max_positions = end
     with pytest.raises(TooLongError, match=f"end at position {end}, the model was made for {end}"):
         loss.lay(examples[0])
+
+
+@pytest.mark.parametrize("method", TRAINED_METHODS)
+def test_an_example_is_measured_by_what_its_method_keeps(
+    folder: Path, examples: list[Example], method: str
+) -> None:
+    """Also where nothing seen is left: some methods then keep all sound, others do not."""
+    loss = _loss(folder, method=method)
+    for loss.shares in (drop_shares(0.25), DropShares(video=1.0, audio=0.5)):
+        for example in examples:
+            loss.max_tokens = 32_768
+            laid = loss.lay(example)
+            with torch.no_grad():
+                exact = loss([laid]).num_tokens
+            loss.max_tokens = exact
+            loss.lay(example)
+            loss.max_tokens = exact - 1
+            with pytest.raises(TooLongError, match=f"are {exact} tokens after pruning"):
+                loss.lay(example)
 
 
 def test_a_method_without_training_is_refused(folder: Path) -> None:
