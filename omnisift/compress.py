@@ -42,6 +42,10 @@ __all__ = [
 # embeddings [L, D] of a prompt, its ids [L], its positions [3, L]
 Sequence3d = tuple[Tensor, Tensor, Tensor]
 
+# Scores [R, A] and which are of audio, not padding -> the scores that select. Training puts noise
+# on them; of several groups of chunks (`CompressionPlan.audio`) it is called for each in turn.
+Explore = Callable[[Tensor, Tensor], Tensor]
+
 # Retained share -> drop shares. The middle rows are the published settings (method.md); between
 # the rows both shares run linearly.
 _SETTINGS = ((0.0, 1.0, 1.0), (0.25, 0.77, 0.50), (0.35, 0.67, 0.40), (1.0, 0.0, 0.0))
@@ -117,6 +121,7 @@ def select_audio(
     selector: AudioSelector | None,
     deciders: Deciders,
     chance_L: Tensor | None,
+    explore: Explore | None,
 ) -> tuple[Tensor, Tensor]:
     """VGAS. Return, for the planned chunks' audio [R, A]: score, dropped."""
     valid = _valid(plan.num_audio, plan.audio.shape[1])
@@ -132,6 +137,8 @@ def select_audio(
             context = video_index[plan.chunk].gather(1, order[:, : plan.longest_context])
             context_valid = _valid(plan.num_context, context.shape[1])
         score = selector(tokens_LD[context], context_valid, tokens_LD[plan.audio]).float()
+        if explore is not None:
+            score = explore(score, valid)
     # Keeping the highest is dropping all but them; a tie keeps the lower index.
     kept = ~drop_highest(score, valid, plan.keep_audio) & valid
     return score * valid, valid & ~kept
@@ -144,6 +151,7 @@ def _decide(
     selector: AudioSelector | None,
     deciders: Deciders = COMPLETE,
     chance_L: Tensor | None = None,
+    explore: Explore | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return which tokens stay [L], and the audio's scores [R, A] where it is selected."""
     index, kept, dropped = prune_video(tokens_LD, video, deciders, chance_L)
@@ -152,7 +160,9 @@ def _decide(
     drops = drops.scatter_add(0, index.flatten(), dropped.flatten().int())
     score = None
     if audio is not None:
-        score, dropped = select_audio(tokens_LD, audio, index, kept, selector, deciders, chance_L)
+        score, dropped = select_audio(
+            tokens_LD, audio, index, kept, selector, deciders, chance_L, explore
+        )
         drops = drops.scatter_add(0, audio.audio.flatten(), dropped.flatten().int())
     return drops == 0, score
 
@@ -164,12 +174,17 @@ def _compiled_decide() -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 def compress_planned(
-    embeds: Sequence[Tensor], plan: CompressionPlan, selector: AudioSelector | None
+    embeds: Sequence[Tensor],
+    plan: CompressionPlan,
+    selector: AudioSelector | None,
+    *,
+    explore: Explore | None = None,
 ) -> list[Compressed]:
     """Shorten sequences inputs_embeds [L, D] as planned, without waiting for their device.
 
     Scores are decided in float32. Under autograd, kept audio tokens carry the straight-through
-    factor 1 + s - s.detach(), so that the loss reaches the selector.
+    factor 1 + s - s.detach(), so that the loss reaches the selector. `explore` changes the
+    selector's scores.
 
     Raises ValueError for a missing selector where audio would have to be selected.
     """
@@ -183,10 +198,11 @@ def compress_planned(
     if not chooses or (plan.shares.audio == 0 and not torch.is_grad_enabled()):
         groups = (None,)
     tokens_LD = lay_end_to_end(embeds)
-    if tokens_LD.is_cuda and not torch.is_grad_enabled() and plan.deciders == COMPLETE:
+    as_published = plan.deciders == COMPLETE and explore is None
+    if tokens_LD.is_cuda and not torch.is_grad_enabled() and as_published:
         decide = _compiled_decide()
     else:
-        decide = partial(_decide, deciders=plan.deciders, chance_L=plan.chance)
+        decide = partial(_decide, deciders=plan.deciders, chance_L=plan.chance, explore=explore)
     keeps, scored = [], []
     for audio in groups:
         # Prunes the video each time, alike: one compiled graph serves any number of groups.
@@ -247,6 +263,7 @@ def compress_batch(
     audio_token_id: int,
     deciders: Deciders = COMPLETE,
     video_keys: Sequence[str] = (),
+    explore: Explore | None = None,
 ) -> list[Compressed]:
     """Shorten several sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) at once.
 
@@ -268,7 +285,7 @@ def compress_batch(
         deciders=deciders,
         video_keys=video_keys,
     )
-    return compress_planned([embeds for embeds, _, _ in sequences], plan, selector)
+    return compress_planned([embeds for embeds, _, _ in sequences], plan, selector, explore=explore)
 
 
 def compress(

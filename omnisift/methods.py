@@ -14,6 +14,7 @@ from omnisift.compress import (
     Compressed,
     Deciders,
     DropShares,
+    Explore,
     Sequence3d,
     compress_batch,
 )
@@ -91,12 +92,13 @@ def compress_with(
     video_keys: Sequence[str] | None = None,
     audio_importance: Sequence[Tensor] | None = None,
     positions_per_chunk: int = 50,
+    explore: Explore | None = None,
 ) -> list[Compressed]:
     """Shorten sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) by a method.
 
     `video_keys` are one a sequence, `audio_importance` [audio tokens] each: only `METHODS` that
     say so need them. `positions_per_chunk` is that of the interleaving. "none" keeps everything,
-    whatever the shares.
+    whatever the shares. `explore` changes a selector's scores (`compress_planned`).
 
     Raises ValueError for a method there is not, for what it needs and is not given, for shares
     outside [0, 1] and shapes that do not belong together.
@@ -161,4 +163,5 @@ def compress_with(
                 audio_token_id=audio_token_id,
                 deciders=DECIDERS[method],
                 video_keys=video_keys or (),
+                explore=explore,
             )

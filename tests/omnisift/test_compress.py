@@ -325,6 +325,34 @@ def test_only_windows_of_unlike_length_are_decided_apart() -> None:
         assert padded <= 2 * sum(one.ids.count(AUDIO) for one in layouts)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_exploring_sees_each_audio_token_once_and_decides(gradients: bool) -> None:
+    """Scores that rise along each window keep its end; padding scores highest and is nowhere."""
+    seen = []
+
+    def explore(score_RA: Tensor, valid_RA: Tensor) -> Tensor:
+        seen.append(int(valid_RA.sum()))
+        return torch.where(valid_RA, score_RA + torch.arange(score_RA.shape[1]), 1e3)
+
+    sequence = tensors_of(LONG_SOUND, 0)
+    with torch.set_grad_enabled(gradients):
+        results = compress_batch(
+            [sequence] * 2,
+            selector=random_selector(0),
+            video_drop=0.5,
+            audio_drop=0.5,
+            video_token_id=VIDEO,
+            audio_token_id=AUDIO,
+            explore=explore,
+        )
+    assert sorted(seen) == [2 * 20, 2 * 70]
+    for result in results:
+        kept = result.keep_mask[sequence[1] == AUDIO].tolist()
+        assert kept == [
+            half for size in (10, 10, 70) for half in [False] * (size // 2) + [True] * (size // 2)
+        ]
+
+
 def test_a_still_grid_loses_its_first_tokens() -> None:
     layout = block_sequence(grids=4, height=2, width=5, audio_tokens=0)
     _, ids, positions = tensors_of(layout, 0)
