@@ -238,8 +238,8 @@ class Trainer:
 def _kept_metrics(kept: Tensor, sounding: Tensor) -> dict[str, Tensor]:
     """Return which share of the audio tokens is kept, of those with a sound and of the others."""
     return {
-        "kept/sounding": (kept & sounding).sum() / sounding.sum(),
-        "kept/silent": (kept & ~sounding).sum() / (~sounding).sum(),
+        "kept/sounding": (kept & sounding).sum() / sounding.sum().clamp(min=1),
+        "kept/silent": (kept & ~sounding).sum() / (~sounding).sum().clamp(min=1),
     }
 
 

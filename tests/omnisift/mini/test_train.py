@@ -29,7 +29,7 @@ from omnisift.mini.observe import observe
 from omnisift.mini.pictures import draw, plan_pictures
 from omnisift.mini.sounds import plan_sounds, render
 from omnisift.mini.student import Student, calibrate
-from omnisift.mini.train import Recipe, Trainer, run_stage
+from omnisift.mini.train import Recipe, Trainer, _kept_metrics, run_stage
 from omnisift.mini.world import NOISES, draw_scene
 from omnisift.prompts import PromptText
 from omnisift.training.loop import Schedule
@@ -249,6 +249,15 @@ def test_the_selector_alone_learns_and_the_llm_stays(
     first = audio.audio[:, 0]
     assert len(first) == 2 * 3
     assert (first.diff() > 0).all()
+
+
+@pytest.mark.parametrize("sounding", [0.0, 0.5, 1.0])
+def test_what_is_kept_of_a_batch_with_one_kind_of_sound_is_a_number(sounding: float) -> None:
+    kept = torch.tensor([[True, False, False, False], [True, True, True, False]])
+    loud = torch.arange(8).view(2, 4) < 8 * sounding
+    of_sounding, of_silent = _kept_metrics(kept, loud).values()
+    assert float(of_sounding) == (0.0, 0.25, 0.5)[int(2 * sounding)]
+    assert float(of_silent) == (0.5, 0.75, 0.0)[int(2 * sounding)]
 
 
 def test_lessons_repeat_and_do_not_share_scenes(lessons: Lessons) -> None:
