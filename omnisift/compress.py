@@ -24,21 +24,6 @@ from omnisift.compression_plan import (
 )
 from omnisift.video_pruning import drop_highest, spatial_similarity, temporal_similarity
 
-__all__ = [
-    "COMPLETE",
-    "Compressed",
-    "Deciders",
-    "DropShares",
-    "Sequence3d",
-    "check_inputs",
-    "compress",
-    "compress_batch",
-    "compress_planned",
-    "drop_shares",
-    "gather_kept",
-    "lay_end_to_end",
-]
-
 # embeddings [L, D] of a prompt, its ids [L], its positions [3, L]
 Sequence3d = tuple[Tensor, Tensor, Tensor]
 

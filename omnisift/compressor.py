@@ -17,7 +17,8 @@ from omnisift.audio_importance import encode_audio_with_importance
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.batch_memory import ClipSize, MemoryBudget
-from omnisift.compress import Compressed, DropShares
+from omnisift.compress import Compressed
+from omnisift.compression_plan import DropShares
 from omnisift.layout import Block, Modality, num_audio_tokens, place_block
 from omnisift.media import FACTOR, TEMPORAL_PATCH, num_mel_frames
 from omnisift.methods import compress_with, find_method, most_kept

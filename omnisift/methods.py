@@ -9,15 +9,8 @@ from omnisift.audio_selection import AudioSelector
 from omnisift.baselines.dycoke import merge_temporally
 from omnisift.baselines.omnizip import ANCHORS, LOWEST, zip_tokens
 from omnisift.baselines.random_drop import drop_at_random
-from omnisift.compress import (
-    COMPLETE,
-    Compressed,
-    Deciders,
-    DropShares,
-    Explore,
-    Sequence3d,
-    compress_batch,
-)
+from omnisift.compress import Compressed, Explore, Sequence3d, compress_batch
+from omnisift.compression_plan import COMPLETE, Deciders, DropShares
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnisift.compress import Compressed, DropShares, Sequence3d, check_inputs, gather_kept
+from omnisift.compress import Compressed, Sequence3d, check_inputs, gather_kept
+from omnisift.compression_plan import DropShares
 from omnisift.layout import Integers, find_grids, pad_rows, rows_alike
 from omnisift.video_pruning import drop_highest, temporal_similarity
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from omnisift.baselines.density_peaks import density_peaks
-from omnisift.compress import Compressed, DropShares, Sequence3d, check_inputs, gather_kept
+from omnisift.compress import Compressed, Sequence3d, check_inputs, gather_kept
+from omnisift.compression_plan import DropShares
 from omnisift.layout import Grids, Integers, find_grids
 from omnisift.video_pruning import drop_highest, temporal_similarity
 

@@ -9,14 +9,8 @@ import numpy as np
 import torch
 
 from omnisift.chance import draw
-from omnisift.compress import (
-    Compressed,
-    DropShares,
-    Sequence3d,
-    check_inputs,
-    gather_kept,
-    lay_end_to_end,
-)
+from omnisift.compress import Compressed, Sequence3d, check_inputs, gather_kept, lay_end_to_end
+from omnisift.compression_plan import DropShares
 from omnisift.layout import find_chunks
 from omnisift.video_pruning import drop_highest
 

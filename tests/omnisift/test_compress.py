@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.compress import Compressed, DropShares, compress, compress_batch, drop_shares
-from omnisift.compression_plan import plan_compression
+from omnisift.compress import Compressed, compress, compress_batch, drop_shares
+from omnisift.compression_plan import DropShares, plan_compression
 from omnisift.layout import ModelLayout, place_block
 from tests.omnisift.slow_compress import SlowCompressed, slow_chunks, slow_compress
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.compress import COMPLETE, Compressed, Deciders, Sequence3d, compress_batch
+from omnisift.compress import Compressed, Sequence3d, compress_batch
+from omnisift.compression_plan import COMPLETE, Deciders
 from tests.omnisift.baselines.layouts import (
     AUDIO,
     PROMPTS,

@@ -11,7 +11,8 @@ from torch import Tensor
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, read_selector
-from omnisift.compress import DropShares, Sequence3d, compress_batch, drop_shares
+from omnisift.compress import Sequence3d, compress_batch, drop_shares
+from omnisift.compression_plan import DropShares
 from omnisift.compressor import Clip, VideoCompressor
 from omnisift.layout import ModelLayout, place_block
 from omnisift.methods import METHODS, compress_with, most_kept
