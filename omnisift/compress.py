@@ -22,6 +22,7 @@ from omnisift.compression_plan import (
     VideoPlan,
     plan_compression,
 )
+from omnisift.layout import ModelLayout
 from omnisift.video_pruning import drop_highest, spatial_similarity, temporal_similarity
 
 # embeddings [L, D] of a prompt, its ids [L], its positions [3, L]
@@ -55,16 +56,7 @@ class Compressed:
 
     embeds: Tensor  # [n, D], in the original order
     keep_mask: Tensor  # [L] bool
-    kept_index: Tensor  # [n], index in the sequence
-    all_positions: Tensor  # [3, L], as given
-
-    @property
-    def position_ids(self) -> Tensor:
-        """Return the original positions [3, n], gaps included, where they were given.
-
-        On another device than the tokens' this waits for the compression.
-        """
-        return self.all_positions[:, self.kept_index.to(self.all_positions.device)]
+    kept_index: Tensor  # [n], index in the sequence; its positions stay those it had
 
 
 def _valid(counts: Tensor, width: int) -> Tensor:
@@ -202,7 +194,7 @@ def compress_planned(
             through = through.scatter_add(0, index_RA.flatten(), change.flatten())
         tokens_LD = tokens_LD * (1 + through)[:, None].to(tokens_LD.dtype)
     keep_L = reduce(torch.logical_and, keeps)
-    return gather_kept(plan.positions, tokens_LD, keep_L, plan.kept)
+    return gather_kept(plan.lengths, tokens_LD, keep_L, plan.kept)
 
 
 def lay_end_to_end(embeds: Sequence[Tensor]) -> Tensor:
@@ -211,16 +203,16 @@ def lay_end_to_end(embeds: Sequence[Tensor]) -> Tensor:
 
 
 def gather_kept(
-    positions: Sequence[Tensor], tokens_LD: Tensor, keep_L: Tensor, num_kept: Sequence[int]
+    lengths: Sequence[int], tokens_LD: Tensor, keep_L: Tensor, num_kept: Sequence[int]
 ) -> list[Compressed]:
     """Take the kept tokens out of sequences laid end to end; `num_kept` says how many of each."""
     results, start = [], 0
-    for positions_3L, size in zip(positions, num_kept, strict=True):
-        mask = keep_L[start : start + positions_3L.shape[1]]
+    for length, size in zip(lengths, num_kept, strict=True):
+        mask = keep_L[start : start + length]
         # The number of survivors is known: asking the device for it would wait for it.
         kept_index = torch.nonzero_static(mask, size=size).squeeze(1)
-        results.append(Compressed(tokens_LD[start + kept_index], mask, kept_index, positions_3L))
-        start += positions_3L.shape[1]
+        results.append(Compressed(tokens_LD[start + kept_index], mask, kept_index))
+        start += length
     return results
 
 
@@ -240,60 +232,31 @@ def check_inputs(sequences: Sequence[Sequence3d], shares: DropShares) -> None:
 
 def compress_batch(
     sequences: Sequence[Sequence3d],
+    shares: DropShares,
+    layout: ModelLayout,
     *,
     selector: AudioSelector | None,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
     deciders: Deciders = COMPLETE,
     video_keys: Sequence[str] = (),
     explore: Explore | None = None,
 ) -> list[Compressed]:
-    """Shorten several sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) at once.
+    """Shorten sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) by OmniSIFT.
 
-    The sequences may differ in length and in what they keep; none sees another's tokens. Ids and
-    positions on the CPU cost no synchronisation with the embeddings' device.
-    `video_keys`, one a sequence, seed what `deciders` leaves to chance. See `compress_planned`.
+    The method of arXiv 2602.04804. The sequences may differ in length and in what they keep; none
+    sees another's tokens. Ids and positions on the CPU cost no synchronisation with the
+    embeddings' device. `video_keys`, one a sequence, seed what `deciders` leaves to chance. See
+    `compress_planned`.
 
     Raises ValueError for shares outside [0, 1], shapes that do not belong together, and for a
     missing selector where audio would have to be selected.
     """
-    shares = DropShares(video_drop, audio_drop)
     check_inputs(sequences, shares)
     plan = plan_compression(
         [(ids, positions) for _, ids, positions in sequences],
         shares,
-        video_token_id=video_token_id,
-        audio_token_id=audio_token_id,
+        layout,
         device=sequences[0][0].device,
         deciders=deciders,
         video_keys=video_keys,
     )
     return compress_planned([embeds for embeds, _, _ in sequences], plan, selector, explore=explore)
-
-
-def compress(
-    inputs_embeds: Tensor,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    *,
-    selector: AudioSelector | None,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
-) -> Compressed:
-    """Shorten one sequence: inputs_embeds [L, D], input_ids [L], position_ids [3, L].
-
-    The method of OmniSIFT (arXiv 2602.04804); see `compress_batch`.
-    """
-    [result] = compress_batch(
-        [(inputs_embeds, input_ids, position_ids)],
-        selector=selector,
-        video_drop=video_drop,
-        audio_drop=audio_drop,
-        video_token_id=video_token_id,
-        audio_token_id=audio_token_id,
-    )
-    return result

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from omnisift.chance import draw
-from omnisift.layout import find_chunks, rows_alike
+from omnisift.layout import ModelLayout, find_chunks, rows_alike
 from omnisift.transfer import upload
 
 
@@ -79,23 +79,17 @@ class CompressionPlan:
     shares: DropShares
     deciders: Deciders
     chance: Tensor | None  # [L] drawn for each token, where a decider is chance
-    positions: tuple[Tensor, ...]  # [3, L] of each sequence, as given
+    lengths: tuple[int, ...]  # tokens of each sequence
     kept: tuple[int, ...]  # tokens that survive of each sequence
     video: VideoPlan
     audio: tuple[AudioPlan, ...]  # one, but of unlike windows several; none: nothing to select
 
-    @property
-    def lengths(self) -> list[int]:
-        """Return the tokens of each sequence."""
-        return [positions.shape[1] for positions in self.positions]
-
 
 def plan_compression(
-    layouts: Sequence[tuple[Tensor, Tensor]],
+    sequences: Sequence[tuple[Tensor, Tensor]],
     shares: DropShares,
+    layout: ModelLayout,
     *,
-    video_token_id: int,
-    audio_token_id: int,
     device: torch.device,
     deciders: Deciders = COMPLETE,
     video_keys: Sequence[str] = (),
@@ -104,8 +98,10 @@ def plan_compression(
 
     `video_keys`, one a sequence, seed what `deciders` leaves to chance.
     """
-    arrays = [(ids.cpu().numpy(), positions.cpu().numpy()) for ids, positions in layouts]
-    chunks = find_chunks(arrays, video_token_id=video_token_id, audio_token_id=audio_token_id)
+    arrays = [(ids.cpu().numpy(), positions.cpu().numpy()) for ids, positions in sequences]
+    chunks = find_chunks(
+        arrays, video_token_id=layout.video_token_id, audio_token_id=layout.audio_token_id
+    )
     drop_first = (chunks.num_first * shares.video).astype(np.int64)
     # Only equal grids can be compared token by token; an unequal second grid stays whole.
     drop_second = np.where(chunks.num_second == chunks.num_first, drop_first, 0)
@@ -144,7 +140,7 @@ def plan_compression(
         shares=shares,
         deciders=deciders,
         chance=chance,
-        positions=tuple(positions for _, positions in layouts),
+        lengths=tuple(lengths),
         kept=tuple(length - int(num) for length, num in zip(lengths, dropped, strict=True)),
         video=video,
         audio=tuple(audio),

@@ -211,14 +211,11 @@ class VideoCompressor:
                 (placed, torch.from_numpy(block.ids), torch.from_numpy(block.positions))
                 for placed, block in zip(embeds, blocks, strict=True)
             ],
-            video_drop=self.shares.video,
-            audio_drop=self.shares.audio,
-            video_token_id=layout.video_token_id,
-            audio_token_id=layout.audio_token_id,
+            self.shares,
+            layout,
             selector=self.selector,
             video_keys=video_keys,
             audio_importance=importance,
-            positions_per_chunk=layout.positions_per_chunk,
         )
 
     def _embed(

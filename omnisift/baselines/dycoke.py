@@ -9,7 +9,7 @@ from torch import Tensor
 
 from omnisift.compress import Compressed, Sequence3d, check_inputs, gather_kept
 from omnisift.compression_plan import DropShares
-from omnisift.layout import Integers, find_grids, pad_rows, rows_alike
+from omnisift.layout import Integers, ModelLayout, find_grids, pad_rows, rows_alike
 from omnisift.video_pruning import drop_highest, temporal_similarity
 
 GROUP = 4
@@ -19,11 +19,8 @@ _LOOK_BACK = np.array([0, 1, 2, 1])
 
 def merge_temporally(
     sequence: Sequence3d,
-    *,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
+    shares: DropShares,
+    layout: ModelLayout,
 ) -> Compressed:
     """Shorten one sequence (inputs_embeds [L, D], input_ids [L], position_ids [3, L]).
 
@@ -36,18 +33,21 @@ def merge_temporally(
     Three rows of four lose 4/3 of the drop share, at most all: shares above .75 are not reached.
     Raises ValueError for shares outside [0, 1] and shapes that do not belong together.
     """
-    check_inputs([sequence], DropShares(video_drop, audio_drop))
+    check_inputs([sequence], shares)
     embeds_LD, ids, position_ids = sequence
     host_ids, positions = ids.cpu().numpy(), position_ids.cpu().numpy()
-    grids = find_grids(host_ids, positions, video_token_id=video_token_id)
-    audio = np.flatnonzero(host_ids == audio_token_id)
+    grids = find_grids(host_ids, positions, video_token_id=layout.video_token_id)
+    audio = np.flatnonzero(host_ids == layout.audio_token_id)
     group = np.searchsorted(grids.time[::GROUP], positions[0, audio], side="right") - 1
     pieces, num = _pieces(audio[group >= 0], group[group >= 0], -(-len(grids.time) // GROUP))
     keep_L = torch.ones(len(host_ids), dtype=torch.bool, device=embeds_LD.device)
     num_dropped = 0
-    for rows, counts, share in ((grids.index, grids.num, video_drop), (pieces, num, audio_drop)):
+    for rows, counts, share in (
+        (grids.index, grids.num, shares.video),
+        (pieces, num, shares.audio),
+    ):
         num_dropped += _drop_repeated(embeds_LD, keep_L, rows, counts, share)
-    [result] = gather_kept([sequence[2]], embeds_LD, keep_L, [len(host_ids) - num_dropped])
+    [result] = gather_kept([len(host_ids)], embeds_LD, keep_L, [len(host_ids) - num_dropped])
     return result
 
 

@@ -126,7 +126,7 @@ class Trainer:
         found: list[tuple[Tensor, dict[str, Tensor]]] = []
         for explore in (noise.first, noise.second):
             # The second only reads the scores of the first.
-            with torch.set_grad_enabled(not found):
+            with torch.no_grad() if found else nullcontext():
                 kept, positions, mask = self._compress(lesson, clips, embeds, explore)
             with torch.no_grad():
                 hidden = self._read(lesson, kept, positions, clips.block.next_position)
@@ -158,14 +158,11 @@ class Trainer:
                 results = compress_with(
                     recipe.method,
                     [(row, ids, positions) for row in rows],
-                    video_drop=shares.video,
-                    audio_drop=shares.audio,
-                    video_token_id=self.layout.video_token_id,
-                    audio_token_id=self.layout.audio_token_id,
+                    shares,
+                    self.layout,
                     selector=self.student.selector,
                     explore=explore,
                     video_keys=lesson.keys,
-                    positions_per_chunk=self.layout.positions_per_chunk,
                 )
         index = torch.stack([result.kept_index for result in results])
         kept = torch.stack([result.embeds for result in results])
@@ -183,8 +180,7 @@ class Trainer:
         return plan_compression(
             [layout] * number,
             shares,
-            video_token_id=self.layout.video_token_id,
-            audio_token_id=self.layout.audio_token_id,
+            self.layout,
             device=self.device,
             deciders=DECIDERS[self.recipe.method],
         )

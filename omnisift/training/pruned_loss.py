@@ -8,6 +8,7 @@ Shapes: B sequences, L tokens, A tokens of all answers, D width.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -173,8 +174,7 @@ class PrunedLoss(nn.Module):
         plan = plan_compression(
             [(torch.from_numpy(block.ids), torch.from_numpy(block.positions))],
             self.shares,
-            video_token_id=layout.video_token_id,
-            audio_token_id=layout.audio_token_id,
+            layout,
             device=torch.device("cpu"),
             deciders=Deciders(audio="audio") if alone else COMPLETE,
         )
@@ -209,7 +209,7 @@ class PrunedLoss(nn.Module):
         read: list[Tensor] = []
         for explores in ([noise.first for noise in noises], [noise.second for noise in noises]):
             # The second only reads the scores of the first.
-            with torch.set_grad_enabled(not read):
+            with torch.no_grad() if read else nullcontext():
                 sequences = [
                     sequence
                     for laid, parts, explore in zip(batch, embedded, explores, strict=True)
@@ -317,21 +317,20 @@ class PrunedLoss(nn.Module):
                 )
                 for laid, parts in zip(batch, embedded, strict=True)
             ],
-            video_drop=self.shares.video,
-            audio_drop=self.shares.audio,
-            video_token_id=layout.video_token_id,
-            audio_token_id=layout.audio_token_id,
+            self.shares,
+            layout,
             selector=self.selector,
             explore=explore,
             video_keys=[laid.example.video_key for laid in batch],
-            positions_per_chunk=layout.positions_per_chunk,
         )
         sequences = []
         for laid, parts, pruned in zip(batch, embedded, kept, strict=True):
             start = len(laid.before)
             embeds = torch.cat([parts.before, pruned.embeds, parts.after])
             # On the tokens' device: on the host they would wait for the compression.
-            block_positions = pruned.all_positions.to(embeds.device, non_blocking=True)
+            block_positions = torch.from_numpy(laid.block.positions).to(
+                embeds.device, non_blocking=True
+            )
             positions = torch.cat(
                 [
                     torch.arange(start, device=embeds.device).expand(3, -1),

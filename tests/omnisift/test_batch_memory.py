@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from omnisift.audio_selection import AudioSelector
 from omnisift.batch_memory import ClipSize, MemoryBudget
 from omnisift.compress import Sequence3d
+from omnisift.compression_plan import DropShares
 from omnisift.layout import ModelLayout, place_block
 from omnisift.methods import compress_with
 from tests.omnisift.tensor_memory import PeakBytes
@@ -101,10 +102,8 @@ def test_compression_takes_no_more_than_is_counted(
         compress_with(
             method,
             sequences,
-            video_drop=0.77,
-            audio_drop=0.5,
-            video_token_id=LAYOUT.video_token_id,
-            audio_token_id=LAYOUT.audio_token_id,
+            DropShares(video=0.77, audio=0.5),
+            LAYOUT,
             selector=selector,
         )
     budget = MemoryBudget(1 << 30, 26_496, WIDTH * dtype.itemsize, copies=6, kept=0.5)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.compress import Compressed, compress, compress_batch, drop_shares
+from omnisift.compress import Compressed, compress_batch, drop_shares
 from omnisift.compression_plan import DropShares, plan_compression
 from omnisift.layout import ModelLayout, place_block
 from tests.omnisift.slow_compress import SlowCompressed, slow_chunks, slow_compress
@@ -136,14 +135,7 @@ def fast(
     video_drop: float,
     audio_drop: float,
 ) -> list[Compressed]:
-    return compress_batch(
-        sequences,
-        selector=selector,
-        video_drop=video_drop,
-        audio_drop=audio_drop,
-        video_token_id=VIDEO,
-        audio_token_id=AUDIO,
-    )
+    return compress_batch(sequences, DropShares(video_drop, audio_drop), LAYOUT, selector=selector)
 
 
 def slow(
@@ -169,7 +161,6 @@ def slow(
 def assert_same(one: Compressed, other: Compressed) -> None:
     assert torch.equal(one.keep_mask, other.keep_mask)
     assert torch.equal(one.kept_index, other.kept_index)
-    assert torch.equal(one.position_ids, other.position_ids)
     assert one.embeds.dtype == other.embeds.dtype
     assert torch.equal(one.embeds, other.embeds)
 
@@ -198,12 +189,11 @@ def test_equals_the_slow_loop_alone_and_in_a_batch(
         batch = fast(sequences, selector, video_drop, audio_drop)
         again = fast(sequences, selector, video_drop, audio_drop)
         alone = [fast([sequence], selector, video_drop, audio_drop)[0] for sequence in sequences]
-    for (embeds, _, positions), oracle, result in zip(sequences, expected, batch, strict=True):
+    for (embeds, _, _), oracle, result in zip(sequences, expected, batch, strict=True):
         assert result.keep_mask.dtype == torch.bool
         assert result.keep_mask.tolist() == oracle.keep
         kept = [index for index, keep in enumerate(oracle.keep) if keep]
         assert result.kept_index.tolist() == kept
-        assert torch.equal(result.position_ids, positions[:, kept])
         assert torch.equal(result.embeds, embeds[kept])
         assert result.embeds.dtype == dtype
     for one, other in zip(batch + batch, again + alone, strict=True):
@@ -316,8 +306,7 @@ def test_only_windows_of_unlike_length_are_decided_apart() -> None:
         plan = plan_compression(
             [(torch.tensor(one.ids), torch.tensor(one.positions)) for one in layouts],
             DropShares(0.77, 0.5),
-            video_token_id=VIDEO,
-            audio_token_id=AUDIO,
+            LAYOUT,
             device=torch.device("cpu"),
         )
         assert len(plan.audio) == groups
@@ -338,11 +327,9 @@ def test_exploring_sees_each_audio_token_once_and_decides(gradients: bool) -> No
     with torch.set_grad_enabled(gradients):
         results = compress_batch(
             [sequence] * 2,
+            DropShares(0.5, 0.5),
+            LAYOUT,
             selector=random_selector(0),
-            video_drop=0.5,
-            audio_drop=0.5,
-            video_token_id=VIDEO,
-            audio_token_id=AUDIO,
             explore=explore,
         )
     assert sorted(seen) == [2 * 20, 2 * 70]
@@ -384,7 +371,6 @@ def test_drop_shares_0_mean_off(layout: Sequence3d, seed: int) -> None:
     [result] = fast([sequence], random_selector(seed), 0.0, 0.0)
     assert result.keep_mask.all()
     assert torch.equal(result.embeds.detach(), sequence[0])
-    assert torch.equal(result.position_ids, sequence[2])
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -487,18 +473,6 @@ def test_blank_frames_and_silence_are_compressed_without_nan() -> None:
     result.embeds.sum().backward()
     assert embeds.grad is not None
     assert torch.isfinite(embeds.grad).all()
-
-
-def test_compress_is_a_batch_of_one() -> None:
-    layout = block_sequence(grids=4, height=2, width=2, audio_tokens=100)
-    embeds, ids, positions = tensors_of(layout, 0)
-    selector = random_selector(0)
-    keywords: dict[str, Any] = {"video_token_id": VIDEO, "audio_token_id": AUDIO}
-    with torch.no_grad():
-        one = compress(
-            embeds, ids, positions, selector=selector, video_drop=0.5, audio_drop=0.5, **keywords
-        )
-    assert_same(one, fast([(embeds, ids, positions)], selector, 0.5, 0.5)[0])
 
 
 @pytest.mark.parametrize("share", [-0.01, 1.01, math.nan, math.inf])

@@ -1,7 +1,6 @@
 """Every method behind one call, from tensors and from clips."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -55,20 +54,17 @@ def test_a_batch_of_sound_and_silence(method: str, shares: DropShares) -> None:
     results = compress_with(
         method,
         sequences,
-        video_drop=shares.video,
-        audio_drop=shares.audio,
-        video_token_id=LAYOUT.video_token_id,
-        audio_token_id=LAYOUT.audio_token_id,
+        shares,
+        LAYOUT,
         selector=AudioSelector(WIDTH, 16, 2),
         video_keys=["a", "b", "c"],
         audio_importance=_importance(sequences),
     )
-    for (embeds, ids, positions), result in zip(sequences, results, strict=True):
+    for (embeds, ids, _), result in zip(sequences, results, strict=True):
         media = (ids == LAYOUT.video_token_id) | (ids == LAYOUT.audio_token_id)
         assert result.keep_mask[~media].all()
         assert result.embeds.shape == (int(result.keep_mask.sum()), WIDTH)
         assert torch.equal(result.kept_index, result.keep_mask.nonzero().flatten())
-        assert torch.equal(result.position_ids, positions[:, result.keep_mask])
         if method == "none" or shares == DropShares(0.0, 0.0):
             assert torch.equal(result.embeds.detach(), embeds)
         elif shares == SHARES and method != "omnizip":  # which clamps, and keeps anchors
@@ -90,10 +86,8 @@ def test_no_clip_keeps_more_than_is_counted(
         [result] = compress_with(
             method,
             [sequence],
-            video_drop=video_drop,
-            audio_drop=audio_drop,
-            video_token_id=LAYOUT.video_token_id,
-            audio_token_id=LAYOUT.audio_token_id,
+            shares,
+            LAYOUT,
             selector=selector,
             video_keys=["a"],
             audio_importance=_importance([sequence]),
@@ -109,16 +103,9 @@ def test_no_clip_keeps_more_than_is_counted(
 def test_omnisift_is_the_published_method() -> None:
     torch.manual_seed(0)
     selector = AudioSelector(WIDTH, 16, 2)
-    arguments: dict[str, Any] = {
-        "selector": selector,
-        "video_drop": SHARES.video,
-        "audio_drop": SHARES.audio,
-        "video_token_id": LAYOUT.video_token_id,
-        "audio_token_id": LAYOUT.audio_token_id,
-    }
     with torch.no_grad():
-        [one] = compress_with("omnisift", [_sequence(200)], **arguments)
-        [other] = compress_batch([_sequence(200)], **arguments)
+        [one] = compress_with("omnisift", [_sequence(200)], SHARES, LAYOUT, selector=selector)
+        [other] = compress_batch([_sequence(200)], SHARES, LAYOUT, selector=selector)
     assert torch.equal(one.keep_mask, other.keep_mask)
 
 
@@ -137,10 +124,8 @@ def test_what_is_missing_is_named(method: str, message: str) -> None:
         compress_with(
             method,
             [_sequence(200)],
-            video_drop=0.5,
-            audio_drop=0.5,
-            video_token_id=LAYOUT.video_token_id,
-            audio_token_id=LAYOUT.audio_token_id,
+            DropShares(0.5, 0.5),
+            LAYOUT,
         )
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
-from omnisift.compress import compress
+from omnisift.compress import compress_batch
 from omnisift.compressor import VideoCompressor
 from omnisift.media import SAMPLE_RATE, log_mel
 from omnisift.mini import towers
@@ -115,18 +115,13 @@ def slot_losses(
     for row in range(len(embeds)):
         block, positions = embeds[row], clips.positions
         if retain is not None:
-            shares = shares_for(retain)
-            kept = compress(
-                block,
-                clips.ids,
-                positions,
+            [kept] = compress_batch(
+                [(block, clips.ids, positions)],
+                shares_for(retain),
+                backbone.layout,
                 selector=student.selector,
-                video_drop=shares.video,
-                audio_drop=shares.audio,
-                video_token_id=backbone.layout.video_token_id,
-                audio_token_id=backbone.layout.audio_token_id,
             )
-            block, positions = kept.embeds, kept.position_ids
+            block, positions = kept.embeds, positions[:, kept.kept_index]
         start = 0
         for slot, length in enumerate(SLOTS.lengths):
             ids, targets = (
