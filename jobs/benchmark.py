@@ -108,24 +108,11 @@ def measure_compression(backbone: Backbone, sizes: Sizes) -> None:
         def ours(
             sequence: tuple[Tensor, Tensor, Tensor] = (embeds, ids, positions),
         ) -> Compressed:
-            [result] = compress_batch(
-                [sequence],
-                selector=selector,
-                video_drop=shares.video,
-                audio_drop=shares.audio,
-                video_token_id=layout.video_token_id,
-                audio_token_id=layout.audio_token_id,
-            )
+            [result] = compress_batch([sequence], shares, layout, selector=selector)
             return result
 
         def loop(sequence: tuple[Tensor, Tensor, Tensor] = on_device) -> Tensor:
-            return chunk_loop(
-                *sequence,
-                selector=selector,
-                shares=shares,
-                video_token_id=layout.video_token_id,
-                audio_token_id=layout.audio_token_id,
-            )
+            return chunk_loop(*sequence, shares, layout, selector=selector)
 
         same = float((ours().keep_mask == loop()).double().mean())
         with _no_waiting(device):

@@ -13,7 +13,7 @@ import torch
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.checkpoint import CheckpointError
-from omnisift.methods import METHODS
+from omnisift.methods import METHODS, TRAINED_METHODS
 from omnisift.mini.lessons import Lessons
 from omnisift.mini.model import (
     SELECTOR_HIDDEN,
@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     parser.add_argument("--stage", choices=("backbone", "compressed"), required=True)
     parser.add_argument("--start", type=Path, help="folder of the backbone's run")
-    parser.add_argument("--method", choices=sorted(METHODS), default="none")
+    parser.add_argument("--method", choices=TRAINED_METHODS, default="none")
     parser.add_argument("--retain", type=float, nargs="+", default=[1.0])
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--rate", type=float, required=True, help="learning rate")

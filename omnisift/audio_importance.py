@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnisift.backbone import Backbone
+from omnisift.backbone import Backbone, inner
 from omnisift.layout import num_audio_tokens
 from omnisift.media import num_mel_frames
 
@@ -25,9 +25,7 @@ def encode_audio_with_importance(
     runs as ever; only this layer's weights are computed once more.
     """
     model = backbone.model
-    # transformers moved the towers between 5.17 and 5.23
-    owner = model if hasattr(model, "audio_tower") else model.model
-    attention = owner.audio_tower.layers[-1].self_attn
+    attention = inner(model).audio_tower.layers[-1].self_attn
     seen: list[Tensor] = []
 
     def measure(module: Any, _arguments: object, keywords: dict[str, Any]) -> None:

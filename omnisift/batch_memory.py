@@ -12,6 +12,7 @@ from omnisift.media import FACTOR, MERGE, TEMPORAL_PATCH
 from omnisift.vision_tower import MAX_PATCHES
 
 _FIXED_BYTES = 128 << 20  # workspaces of the matrix products
+_WHOLE_COPIES = 2  # of all embeddings: placed, and laid end to end
 _FRAME_BYTES = 3 * FACTOR**2 * TEMPORAL_PATCH  # of a token
 
 
@@ -36,8 +37,8 @@ class MemoryBudget:
     limit_bytes: int
     bytes_per_patch: int  # of a slice of the vision tower
     bytes_per_token: int  # of an embedding
-    copies: int  # of all embeddings, alive at once while they are compressed
-    kept: float  # share of the tokens that survive, at most
+    copies: int  # of all embeddings, alive at once while they are compressed; two at least
+    kept: float  # share of the tokens that survive at most (methods.most_kept)
 
     @property
     def max_patches(self) -> int:
@@ -59,8 +60,22 @@ class MemoryBudget:
         in_slice = min(video * MERGE**2, max(self.max_patches, largest_grid))
         kept = math.ceil(tokens * self.kept)
         towers = tokens + in_slice * self.bytes_per_patch
-        compression = self.copies * tokens + kept
-        return _FIXED_BYTES + 2 * video * _FRAME_BYTES + kept + max(towers, compression)
+        return _FIXED_BYTES + 2 * video * _FRAME_BYTES + kept + max(towers, self.compressing(clips))
+
+    def compressing(self, clips: Sequence[ClipSize]) -> int:
+        """Return the bytes that compression takes at its most, with what it is given and keeps.
+
+        It works on grids padded to the largest; then on those that it kept, and on sound padded
+        to twice as much at most (`layout.rows_alike`), whose scores take as much again.
+        """
+        chunks = sum(-(-clip.grids // 2) for clip in clips)
+        video = 2 * chunks * max(clip.height * clip.width for clip in clips)
+        audio = sum(clip.audio for clip in clips)
+        tokens = sum(clip.video for clip in clips) + audio
+        kept = math.ceil(tokens * self.kept)
+        padded = max(video + audio, math.ceil(video * self.kept) + 4 * audio)
+        rows = _WHOLE_COPIES * tokens + (self.copies - _WHOLE_COPIES) * padded + kept
+        return rows * self.bytes_per_token
 
     def split(self, clips: Sequence[ClipSize]) -> Iterator[range]:
         """Yield the places of clips that fit together, in order; one that does not fit is alone."""

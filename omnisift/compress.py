@@ -6,7 +6,7 @@ is selected, D width, n kept.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial, reduce
 
 import numpy as np
 import torch
@@ -22,25 +22,15 @@ from omnisift.compression_plan import (
     VideoPlan,
     plan_compression,
 )
+from omnisift.layout import ModelLayout
 from omnisift.video_pruning import drop_highest, spatial_similarity, temporal_similarity
-
-__all__ = [
-    "COMPLETE",
-    "Compressed",
-    "Deciders",
-    "DropShares",
-    "Sequence3d",
-    "check_inputs",
-    "compress",
-    "compress_batch",
-    "compress_planned",
-    "drop_shares",
-    "gather_kept",
-    "lay_end_to_end",
-]
 
 # embeddings [L, D] of a prompt, its ids [L], its positions [3, L]
 Sequence3d = tuple[Tensor, Tensor, Tensor]
+
+# Scores [R, A] and which are of audio, not padding -> the scores that select. Training puts noise
+# on them; of several groups of chunks (`CompressionPlan.audio`) it is called for each in turn.
+Explore = Callable[[Tensor, Tensor], Tensor]
 
 # Retained share -> drop shares. The middle rows are the published settings (method.md); between
 # the rows both shares run linearly.
@@ -66,16 +56,7 @@ class Compressed:
 
     embeds: Tensor  # [n, D], in the original order
     keep_mask: Tensor  # [L] bool
-    kept_index: Tensor  # [n], index in the sequence
-    all_positions: Tensor  # [3, L], as given
-
-    @property
-    def position_ids(self) -> Tensor:
-        """Return the original positions [3, n], gaps included, where they were given.
-
-        On another device than the tokens' this waits for the compression.
-        """
-        return self.all_positions[:, self.kept_index.to(self.all_positions.device)]
+    kept_index: Tensor  # [n], index in the sequence; its positions stay those it had
 
 
 def _valid(counts: Tensor, width: int) -> Tensor:
@@ -117,6 +98,7 @@ def select_audio(
     selector: AudioSelector | None,
     deciders: Deciders,
     chance_L: Tensor | None,
+    explore: Explore | None,
 ) -> tuple[Tensor, Tensor]:
     """VGAS. Return, for the planned chunks' audio [R, A]: score, dropped."""
     valid = _valid(plan.num_audio, plan.audio.shape[1])
@@ -132,6 +114,8 @@ def select_audio(
             context = video_index[plan.chunk].gather(1, order[:, : plan.longest_context])
             context_valid = _valid(plan.num_context, context.shape[1])
         score = selector(tokens_LD[context], context_valid, tokens_LD[plan.audio]).float()
+        if explore is not None:
+            score = explore(score, valid)
     # Keeping the highest is dropping all but them; a tie keeps the lower index.
     kept = ~drop_highest(score, valid, plan.keep_audio) & valid
     return score * valid, valid & ~kept
@@ -144,6 +128,7 @@ def _decide(
     selector: AudioSelector | None,
     deciders: Deciders = COMPLETE,
     chance_L: Tensor | None = None,
+    explore: Explore | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return which tokens stay [L], and the audio's scores [R, A] where it is selected."""
     index, kept, dropped = prune_video(tokens_LD, video, deciders, chance_L)
@@ -152,7 +137,9 @@ def _decide(
     drops = drops.scatter_add(0, index.flatten(), dropped.flatten().int())
     score = None
     if audio is not None:
-        score, dropped = select_audio(tokens_LD, audio, index, kept, selector, deciders, chance_L)
+        score, dropped = select_audio(
+            tokens_LD, audio, index, kept, selector, deciders, chance_L, explore
+        )
         drops = drops.scatter_add(0, audio.audio.flatten(), dropped.flatten().int())
     return drops == 0, score
 
@@ -164,34 +151,50 @@ def _compiled_decide() -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 def compress_planned(
-    embeds: Sequence[Tensor], plan: CompressionPlan, selector: AudioSelector | None
+    embeds: Sequence[Tensor],
+    plan: CompressionPlan,
+    selector: AudioSelector | None,
+    *,
+    explore: Explore | None = None,
 ) -> list[Compressed]:
     """Shorten sequences inputs_embeds [L, D] as planned, without waiting for their device.
 
     Scores are decided in float32. Under autograd, kept audio tokens carry the straight-through
-    factor 1 + s - s.detach(), so that the loss reaches the selector.
+    factor 1 + s - s.detach(), so that the loss reaches the selector. `explore` changes the
+    selector's scores.
 
     Raises ValueError for a missing selector where audio would have to be selected.
     """
-    audio = plan.audio
+    groups: tuple[AudioPlan | None, ...] = plan.audio or (None,)
     chooses = selector is not None or plan.deciders.audio == "chance"
-    if audio and not chooses and plan.shares.audio > 0:
+    if plan.audio and not chooses and plan.shares.audio > 0:
         raise ValueError(
             f"audio_drop={plan.shares.audio} needs a selector; pass one or drop no audio"
         )
     # Where nothing is dropped only training needs the scores.
     if not chooses or (plan.shares.audio == 0 and not torch.is_grad_enabled()):
-        audio = None
+        groups = (None,)
     tokens_LD = lay_end_to_end(embeds)
-    if tokens_LD.is_cuda and not torch.is_grad_enabled() and plan.deciders == COMPLETE:
-        keep_L, score = _compiled_decide()(tokens_LD, plan.video, audio, selector)
+    as_published = plan.deciders == COMPLETE and explore is None
+    if tokens_LD.is_cuda and not torch.is_grad_enabled() and as_published:
+        decide = _compiled_decide()
     else:
-        keep_L, score = _decide(tokens_LD, plan.video, audio, selector, plan.deciders, plan.chance)
-    if audio and score is not None and score.requires_grad:
+        decide = partial(_decide, deciders=plan.deciders, chance_L=plan.chance, explore=explore)
+    keeps, scored = [], []
+    for audio in groups:
+        # Prunes the video each time, alike: one compiled graph serves any number of groups.
+        keep_L, score = decide(tokens_LD, plan.video, audio, selector)
+        keeps.append(keep_L)
+        if audio is not None and score is not None and score.requires_grad:
+            scored.append((audio.audio, score))
+    if scored:
         through = torch.zeros(tokens_LD.shape[0], device=tokens_LD.device)
-        through = through.scatter_add(0, audio.audio.flatten(), (score - score.detach()).flatten())
+        for index_RA, score_RA in scored:
+            change = score_RA - score_RA.detach()
+            through = through.scatter_add(0, index_RA.flatten(), change.flatten())
         tokens_LD = tokens_LD * (1 + through)[:, None].to(tokens_LD.dtype)
-    return gather_kept(plan.positions, tokens_LD, keep_L, plan.kept)
+    keep_L = reduce(torch.logical_and, keeps)
+    return gather_kept(plan.lengths, tokens_LD, keep_L, plan.kept)
 
 
 def lay_end_to_end(embeds: Sequence[Tensor]) -> Tensor:
@@ -200,16 +203,16 @@ def lay_end_to_end(embeds: Sequence[Tensor]) -> Tensor:
 
 
 def gather_kept(
-    positions: Sequence[Tensor], tokens_LD: Tensor, keep_L: Tensor, num_kept: Sequence[int]
+    lengths: Sequence[int], tokens_LD: Tensor, keep_L: Tensor, num_kept: Sequence[int]
 ) -> list[Compressed]:
     """Take the kept tokens out of sequences laid end to end; `num_kept` says how many of each."""
     results, start = [], 0
-    for positions_3L, size in zip(positions, num_kept, strict=True):
-        mask = keep_L[start : start + positions_3L.shape[1]]
+    for length, size in zip(lengths, num_kept, strict=True):
+        mask = keep_L[start : start + length]
         # The number of survivors is known: asking the device for it would wait for it.
         kept_index = torch.nonzero_static(mask, size=size).squeeze(1)
-        results.append(Compressed(tokens_LD[start + kept_index], mask, kept_index, positions_3L))
-        start += positions_3L.shape[1]
+        results.append(Compressed(tokens_LD[start + kept_index], mask, kept_index))
+        start += length
     return results
 
 
@@ -229,59 +232,31 @@ def check_inputs(sequences: Sequence[Sequence3d], shares: DropShares) -> None:
 
 def compress_batch(
     sequences: Sequence[Sequence3d],
+    shares: DropShares,
+    layout: ModelLayout,
     *,
     selector: AudioSelector | None,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
     deciders: Deciders = COMPLETE,
     video_keys: Sequence[str] = (),
+    explore: Explore | None = None,
 ) -> list[Compressed]:
-    """Shorten several sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) at once.
+    """Shorten sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) by OmniSIFT.
 
-    The sequences may differ in length and in what they keep; none sees another's tokens. Ids and
-    positions on the CPU cost no synchronisation with the embeddings' device.
-    `video_keys`, one a sequence, seed what `deciders` leaves to chance. See `compress_planned`.
+    The method of arXiv 2602.04804. The sequences may differ in length and in what they keep; none
+    sees another's tokens. Ids and positions on the CPU cost no synchronisation with the
+    embeddings' device. `video_keys`, one a sequence, seed what `deciders` leaves to chance. See
+    `compress_planned`.
 
     Raises ValueError for shares outside [0, 1], shapes that do not belong together, and for a
     missing selector where audio would have to be selected.
     """
-    shares = DropShares(video_drop, audio_drop)
     check_inputs(sequences, shares)
     plan = plan_compression(
         [(ids, positions) for _, ids, positions in sequences],
         shares,
-        video_token_id=video_token_id,
-        audio_token_id=audio_token_id,
+        layout,
         device=sequences[0][0].device,
         deciders=deciders,
         video_keys=video_keys,
     )
-    return compress_planned([embeds for embeds, _, _ in sequences], plan, selector)
-
-
-def compress(
-    inputs_embeds: Tensor,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    *,
-    selector: AudioSelector | None,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
-) -> Compressed:
-    """Shorten one sequence: inputs_embeds [L, D], input_ids [L], position_ids [3, L].
-
-    The method of OmniSIFT (arXiv 2602.04804); see `compress_batch`.
-    """
-    [result] = compress_batch(
-        [(inputs_embeds, input_ids, position_ids)],
-        selector=selector,
-        video_drop=video_drop,
-        audio_drop=audio_drop,
-        video_token_id=video_token_id,
-        audio_token_id=audio_token_id,
-    )
-    return result
+    return compress_planned([embeds for embeds, _, _ in sequences], plan, selector, explore=explore)

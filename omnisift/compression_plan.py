@@ -9,6 +9,7 @@ is selected.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from omnisift.chance import draw
-from omnisift.layout import find_chunks
+from omnisift.layout import ModelLayout, find_chunks, rows_alike
 from omnisift.transfer import upload
 
 
@@ -61,7 +62,7 @@ class VideoPlan(NamedTuple):
 
 
 class AudioPlan(NamedTuple):
-    """The chunks whose audio is selected, on the device."""
+    """Chunks with about as much audio each, from which some is selected; on the device."""
 
     chunk: Tensor  # [R] their numbers
     num_context: Tensor  # [R] surviving video tokens; they are the context
@@ -78,23 +79,17 @@ class CompressionPlan:
     shares: DropShares
     deciders: Deciders
     chance: Tensor | None  # [L] drawn for each token, where a decider is chance
-    positions: tuple[Tensor, ...]  # [3, L] of each sequence, as given
+    lengths: tuple[int, ...]  # tokens of each sequence
     kept: tuple[int, ...]  # tokens that survive of each sequence
     video: VideoPlan
-    audio: AudioPlan | None  # None: no chunk has audio to select from
-
-    @property
-    def lengths(self) -> list[int]:
-        """Return the tokens of each sequence."""
-        return [positions.shape[1] for positions in self.positions]
+    audio: tuple[AudioPlan, ...]  # one, but of unlike windows several; none: nothing to select
 
 
 def plan_compression(
-    layouts: Sequence[tuple[Tensor, Tensor]],
+    sequences: Sequence[tuple[Tensor, Tensor]],
     shares: DropShares,
+    layout: ModelLayout,
     *,
-    video_token_id: int,
-    audio_token_id: int,
     device: torch.device,
     deciders: Deciders = COMPLETE,
     video_keys: Sequence[str] = (),
@@ -103,8 +98,10 @@ def plan_compression(
 
     `video_keys`, one a sequence, seed what `deciders` leaves to chance.
     """
-    arrays = [(ids.cpu().numpy(), positions.cpu().numpy()) for ids, positions in layouts]
-    chunks = find_chunks(arrays, video_token_id=video_token_id, audio_token_id=audio_token_id)
+    arrays = [(ids.cpu().numpy(), positions.cpu().numpy()) for ids, positions in sequences]
+    chunks = find_chunks(
+        arrays, video_token_id=layout.video_token_id, audio_token_id=layout.audio_token_id
+    )
     drop_first = (chunks.num_first * shares.video).astype(np.int64)
     # Only equal grids can be compared token by token; an unequal second grid stays whole.
     drop_second = np.where(chunks.num_second == chunks.num_first, drop_first, 0)
@@ -112,20 +109,24 @@ def plan_compression(
     has_context = (context > 0) | (deciders.audio == "audio")
     selects = has_context & (chunks.num_audio > 1)
     drop_audio = np.where(selects, (chunks.num_audio * shares.audio).astype(np.int64), 0)
-    rows = np.flatnonzero(selects)
-    on_device = upload(
-        [
-            *(chunks.first, chunks.num_first, drop_first),
-            *(chunks.second, chunks.num_second, drop_second),
-            *(rows, context[rows], chunks.audio[rows], chunks.num_audio[rows]),
-            (chunks.num_audio - drop_audio)[rows],
-        ],
-        device,
-    )
-    audio = None
-    if rows.size:
-        chosen, num_context, *rest = on_device[6:]
-        audio = AudioPlan(chosen, num_context, int(context[rows].max()), *rest)
+    arrays_of_video = [chunks.first, chunks.num_first, drop_first]
+    arrays_of_video += [chunks.second, chunks.num_second, drop_second]
+    # One window may hold minutes of sound (a clip's last has no end) beside many of two seconds.
+    selected = np.flatnonzero(selects)
+    groups = [selected[alike] for alike in rows_alike(chunks.num_audio[selected])]
+    arrays_of_audio = [
+        array
+        for rows in groups
+        for array in (
+            *(rows, context[rows], chunks.audio[rows, : chunks.num_audio[rows].max()]),
+            *(chunks.num_audio[rows], (chunks.num_audio - drop_audio)[rows]),
+        )
+    ]
+    on_device = iter(upload(arrays_of_video + arrays_of_audio, device))
+    video, audio = VideoPlan(*islice(on_device, 6)), []
+    for rows in groups:
+        chosen, num_context, *rest = islice(on_device, 5)
+        audio.append(AudioPlan(chosen, num_context, int(context[rows].max()), *rest))
     lengths = [len(ids) for ids, _ in arrays]
     dropped = np.bincount(
         chunks.sequences(lengths),
@@ -139,8 +140,8 @@ def plan_compression(
         shares=shares,
         deciders=deciders,
         chance=chance,
-        positions=tuple(positions for _, positions in layouts),
+        lengths=tuple(lengths),
         kept=tuple(length - int(num) for length, num in zip(lengths, dropped, strict=True)),
-        video=VideoPlan(*on_device[:6]),
-        audio=audio,
+        video=video,
+        audio=tuple(audio),
     )

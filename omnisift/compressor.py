@@ -17,10 +17,11 @@ from omnisift.audio_importance import encode_audio_with_importance
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.batch_memory import ClipSize, MemoryBudget
-from omnisift.compress import Compressed, DropShares
+from omnisift.compress import Compressed
+from omnisift.compression_plan import DropShares
 from omnisift.layout import Block, Modality, num_audio_tokens, place_block
 from omnisift.media import FACTOR, TEMPORAL_PATCH, num_mel_frames
-from omnisift.methods import compress_with, find_method
+from omnisift.methods import compress_with, find_method, most_kept
 from omnisift.transfer import Download, start_download
 
 
@@ -159,7 +160,7 @@ class VideoCompressor:
             bytes_per_token=self.backbone.width * self.backbone.dtype.itemsize,
             # placed, laid end to end, and what the method works with: compiled or in float32
             copies=3 if self.method in ("omnisift", "none") else 6,
-            kept=1.0 if self.method == "none" else 1 - min(self.shares.video, self.shares.audio),
+            kept=most_kept(self.method, self.shares),
         )
 
     def block_of(self, clip: Clip) -> Block:
@@ -210,14 +211,11 @@ class VideoCompressor:
                 (placed, torch.from_numpy(block.ids), torch.from_numpy(block.positions))
                 for placed, block in zip(embeds, blocks, strict=True)
             ],
-            video_drop=self.shares.video,
-            audio_drop=self.shares.audio,
-            video_token_id=layout.video_token_id,
-            audio_token_id=layout.audio_token_id,
+            self.shares,
+            layout,
             selector=self.selector,
             video_keys=video_keys,
             audio_importance=importance,
-            positions_per_chunk=layout.positions_per_chunk,
         )
 
     def _embed(

@@ -178,6 +178,22 @@ def pad_rows(groups: Integers, members: Integers, num_groups: int) -> tuple[Inte
     return rows, counts
 
 
+def rows_alike(counts: Integers) -> list[Integers]:
+    """Sort rows, of `counts` members, into groups to pad together; a group keeps their order.
+
+    Padded to its longest row, a group is at most twice as large as what its rows hold: all rows
+    where that is true of them all, else those of at least half the longest, and so on.
+    """
+    groups, rest = [], np.arange(len(counts))
+    while rest.size:
+        longest = counts[rest].max()
+        all_fit = rest.size * longest <= 2 * counts[rest].sum()
+        together = all_fit | (2 * counts[rest] >= longest)
+        groups.append(rest[together])
+        rest = rest[~together]
+    return groups
+
+
 def _ascending(values: Integers) -> bool:
     return bool((values[1:] >= values[:-1]).all())
 

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.baselines.dycoke import merge_temporally
-from omnisift.baselines.omnizip import zip_tokens
+from omnisift.baselines.omnizip import ANCHORS, LOWEST, zip_tokens
 from omnisift.baselines.random_drop import drop_at_random
-from omnisift.compress import COMPLETE, Compressed, Deciders, Sequence3d, compress_batch
+from omnisift.compress import Compressed, Explore, Sequence3d, compress_batch
+from omnisift.compression_plan import COMPLETE, Deciders, DropShares
+from omnisift.layout import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,44 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def most_kept(method: str, shares: DropShares) -> float:
+    """Return the share of a video's tokens that survives at most, whatever its sound.
+
+    But for rounding: below one token of each grid and of each piece of sound, and below one grid
+    of the last group of "dycoke".
+    """
+    kept_video, kept_audio = 1 - shares.video, 1 - shares.audio
+    match method:
+        case "none":
+            return 1.0
+        case "dycoke":  # one of four rows stays whole
+            kept_video, kept_audio = max(0.25, kept_video), max(0.25, kept_audio)
+        case "omnizip":  # clamps the share of groups with sound, and keeps anchors
+            kept_video = max(kept_video, 1 - LOWEST) if shares.video > 0 else 1.0
+            kept_audio = min(1.0, kept_audio + ANCHORS)
+        case "random" | "omnisift_audio_only":
+            pass
+        case _ if shares.video == 1:
+            kept_audio = 1.0  # nothing seen is left that could select it
+    return max(kept_video, kept_audio)
+
+
 def compress_with(
     method: str,
     sequences: Sequence[Sequence3d],
+    shares: DropShares,
+    layout: ModelLayout,
     *,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
     selector: AudioSelector | None = None,
     video_keys: Sequence[str] | None = None,
     audio_importance: Sequence[Tensor] | None = None,
-    positions_per_chunk: int = 50,
+    explore: Explore | None = None,
 ) -> list[Compressed]:
     """Shorten sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) by a method.
 
     `video_keys` are one a sequence, `audio_importance` [audio tokens] each: only `METHODS` that
-    say so need them. `positions_per_chunk` is that of the interleaving. "none" keeps everything,
-    whatever the shares.
+    say so need them. "none" keeps everything, whatever the shares. `explore` changes
+    a selector's scores (`compress_planned`).
 
     Raises ValueError for a method there is not, for what it needs and is not given, for shares
     outside [0, 1] and shapes that do not belong together.
@@ -81,55 +103,23 @@ def compress_with(
             raise ValueError(f"{method} needs {name}, one for each of {len(sequences)} sequences")
     match method:
         case "random":
-            return drop_at_random(
-                sequences,
-                video_drop=video_drop,
-                audio_drop=audio_drop,
-                video_token_id=video_token_id,
-                audio_token_id=audio_token_id,
-                video_keys=video_keys or (),
-            )
+            return drop_at_random(sequences, shares, layout, video_keys=video_keys or ())
         case "dycoke":
-            return [
-                merge_temporally(
-                    sequence,
-                    video_drop=video_drop,
-                    audio_drop=audio_drop,
-                    video_token_id=video_token_id,
-                    audio_token_id=audio_token_id,
-                )
-                for sequence in sequences
-            ]
+            return [merge_temporally(sequence, shares, layout) for sequence in sequences]
         case "omnizip":
             return [
-                zip_tokens(
-                    sequence,
-                    video_drop=video_drop,
-                    audio_drop=audio_drop,
-                    video_token_id=video_token_id,
-                    audio_token_id=audio_token_id,
-                    importance=importance,
-                    positions_per_chunk=positions_per_chunk,
-                )
+                zip_tokens(sequence, shares, layout, importance=importance)
                 for sequence, importance in zip(sequences, audio_importance or (), strict=True)
             ]
         case "none":
-            return compress_batch(
-                sequences,
-                selector=None,
-                video_drop=0.0,
-                audio_drop=0.0,
-                video_token_id=video_token_id,
-                audio_token_id=audio_token_id,
-            )
+            return compress_batch(sequences, DropShares(0.0, 0.0), layout, selector=None)
         case _:
             return compress_batch(
                 sequences,
+                shares,
+                layout,
                 selector=selector,
-                video_drop=video_drop,
-                audio_drop=audio_drop,
-                video_token_id=video_token_id,
-                audio_token_id=audio_token_id,
                 deciders=DECIDERS[method],
                 video_keys=video_keys or (),
+                explore=explore,
             )

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omnisift.codec import CODECS
-from omnisift.compress import DropShares, drop_shares
+from omnisift.compress import drop_shares
+from omnisift.compression_plan import DropShares
 from omnisift.methods import METHODS, TRAINED_METHODS, find_method
 from pipeline.redaction import holds_secret
 

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnisift.compress import Compressed, DropShares, Sequence3d, check_inputs, gather_kept
-from omnisift.layout import Integers, find_grids, pad_rows
+from omnisift.compress import Compressed, Sequence3d, check_inputs, gather_kept
+from omnisift.compression_plan import DropShares
+from omnisift.layout import Integers, ModelLayout, find_grids, pad_rows, rows_alike
 from omnisift.video_pruning import drop_highest, temporal_similarity
 
 GROUP = 4
@@ -18,11 +19,8 @@ _LOOK_BACK = np.array([0, 1, 2, 1])
 
 def merge_temporally(
     sequence: Sequence3d,
-    *,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
+    shares: DropShares,
+    layout: ModelLayout,
 ) -> Compressed:
     """Shorten one sequence (inputs_embeds [L, D], input_ids [L], position_ids [3, L]).
 
@@ -35,18 +33,21 @@ def merge_temporally(
     Three rows of four lose 4/3 of the drop share, at most all: shares above .75 are not reached.
     Raises ValueError for shares outside [0, 1] and shapes that do not belong together.
     """
-    check_inputs([sequence], DropShares(video_drop, audio_drop))
+    check_inputs([sequence], shares)
     embeds_LD, ids, position_ids = sequence
     host_ids, positions = ids.cpu().numpy(), position_ids.cpu().numpy()
-    grids = find_grids(host_ids, positions, video_token_id=video_token_id)
-    audio = np.flatnonzero(host_ids == audio_token_id)
+    grids = find_grids(host_ids, positions, video_token_id=layout.video_token_id)
+    audio = np.flatnonzero(host_ids == layout.audio_token_id)
     group = np.searchsorted(grids.time[::GROUP], positions[0, audio], side="right") - 1
     pieces, num = _pieces(audio[group >= 0], group[group >= 0], -(-len(grids.time) // GROUP))
     keep_L = torch.ones(len(host_ids), dtype=torch.bool, device=embeds_LD.device)
     num_dropped = 0
-    for rows, counts, share in ((grids.index, grids.num, video_drop), (pieces, num, audio_drop)):
+    for rows, counts, share in (
+        (grids.index, grids.num, shares.video),
+        (pieces, num, shares.audio),
+    ):
         num_dropped += _drop_repeated(embeds_LD, keep_L, rows, counts, share)
-    [result] = gather_kept([sequence[2]], embeds_LD, keep_L, [len(host_ids) - num_dropped])
+    [result] = gather_kept([len(host_ids)], embeds_LD, keep_L, [len(host_ids) - num_dropped])
     return result
 
 
@@ -70,21 +71,21 @@ def _drop_repeated(
         (counts * min(1.0, share * 4 / 3)).astype(np.int64),
         0,
     )
-    if not num_dropped.any():
-        return 0
-    later = np.flatnonzero(num_dropped)
 
     def on_device(array: Integers) -> Tensor:
         return torch.from_numpy(array).to(embeds_LD.device)
 
-    index_RN = on_device(rows[later])
-    valid = torch.arange(rows.shape[1], device=embeds_LD.device) < on_device(counts[later])[:, None]
-    similarity = temporal_similarity(
-        embeds_LD[index_RN], embeds_LD[on_device(rows[partner[later]])]
-    )
-    kept = drop_highest(similarity, valid, on_device(num_dropped[later]))
-    # Each token stands in one row; the padding (index 0) is pointed at its row's first token.
-    index_RN = torch.where(valid, index_RN, index_RN[:, :1])
-    kept = torch.where(valid, kept, kept[:, :1])
-    keep_L[index_RN] = kept
+    later = np.flatnonzero(num_dropped)
+    for alike in rows_alike(counts[later]):
+        chosen = later[alike]
+        width = counts[chosen].max()
+        index_RN = on_device(rows[chosen, :width])
+        valid = torch.arange(width, device=embeds_LD.device) < on_device(counts[chosen])[:, None]
+        similarity = temporal_similarity(
+            embeds_LD[index_RN], embeds_LD[on_device(rows[partner[chosen], :width])]
+        )
+        kept = drop_highest(similarity, valid, on_device(num_dropped[chosen]))
+        # Each token stands in one row; the padding (index 0) is pointed at its row's first token.
+        index_RN = torch.where(valid, index_RN, index_RN[:, :1])
+        keep_L[index_RN] = torch.where(valid, kept, kept[:, :1])
     return int(num_dropped.sum())

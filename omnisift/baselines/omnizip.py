@@ -10,30 +10,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from omnisift.baselines.density_peaks import density_peaks
-from omnisift.compress import Compressed, DropShares, Sequence3d, check_inputs, gather_kept
-from omnisift.layout import Grids, Integers, find_grids
+from omnisift.compress import Compressed, Sequence3d, check_inputs, gather_kept
+from omnisift.compression_plan import DropShares
+from omnisift.layout import Grids, Integers, ModelLayout, find_grids
 from omnisift.video_pruning import drop_highest, temporal_similarity
 
-_ANCHORS = 0.05  # of the clip's audio tokens
+ANCHORS = 0.05  # of the clip's audio tokens
 _MERGED = 3  # tokens an anchor takes in
-_LOWEST, _HIGHEST = 0.35, 0.75  # share of video a group may lose
+LOWEST, _HIGHEST = 0.35, 0.75  # share of video a group may lose
 _POOL_ROWS = 1024  # audio tokens compared with the whole video at a time
 
 
 def zip_tokens(
     sequence: Sequence3d,
+    shares: DropShares,
+    layout: ModelLayout,
     *,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
     importance: Tensor,
-    positions_per_chunk: int = 50,
 ) -> Compressed:
     """Shorten one sequence (inputs_embeds [L, D], input_ids [L], position_ids [3, L]).
 
     `importance` [A] is the attention each audio token receives in the audio tower's last layer
-    (`audio_importance`). Groups are the chunks of the interleaving, `positions_per_chunk` long.
+    (`audio_importance`). Groups are the chunks of the interleaving.
     Anchors leave merged with others, so `embeds` are not the input's rows there. Waits for the
     device: how many tokens of a group stay depends on which audio does.
 
@@ -41,37 +39,37 @@ def zip_tokens(
     less than .25 or more than .65. Raises ValueError for shares outside [0, 1] and shapes that
     do not belong together.
     """
-    check_inputs([sequence], DropShares(video_drop, audio_drop))
+    check_inputs([sequence], shares)
     embeds_LD, ids, position_ids = sequence
     host_ids, positions = ids.cpu().numpy(), position_ids.cpu().numpy()
-    grids = find_grids(host_ids, positions, video_token_id=video_token_id)
-    audio = np.flatnonzero(host_ids == audio_token_id)
+    grids = find_grids(host_ids, positions, video_token_id=layout.video_token_id)
+    audio = np.flatnonzero(host_ids == layout.audio_token_id)
     if importance.shape != (len(audio),):
         raise ValueError(
             f"expected the importance of {len(audio)} audio tokens, got {list(importance.shape)}"
         )
     keep_L = torch.ones(len(host_ids), dtype=torch.bool, device=embeds_LD.device)
     unzipped_LD = embeds_LD
-    if audio_drop > 0 and len(audio) and len(grids.time):
-        video_L = torch.from_numpy(host_ids == video_token_id).to(embeds_LD.device)
+    if shares.audio > 0 and len(audio) and len(grids.time):
+        video_L = torch.from_numpy(host_ids == layout.video_token_id).to(embeds_LD.device)
         index = torch.from_numpy(audio).to(embeds_LD.device)
         num_video = int(grids.num.sum())
         video = embeds_LD[torch.nonzero_static(video_L, size=num_video).squeeze(1)]
-        kept, merged = _zip_audio(embeds_LD[index], video, importance, audio_drop)
+        kept, merged = _zip_audio(embeds_LD[index], video, importance, shares.audio)
         embeds_LD = embeds_LD.index_copy(0, index, merged)
         keep_L[index] = kept
-    if video_drop > 0 and len(grids.time):
+    if shares.video > 0 and len(grids.time):
         audio_kept = keep_L.cpu().numpy()[audio]
         start = positions[0, np.append(audio, grids.index[:, 0])].min()
         drops, place = _grid_drops(
             grids,
-            grid_group=(grids.time - start) // positions_per_chunk,
-            audio_group=(positions[0, audio] - start) // positions_per_chunk,
+            grid_group=(grids.time - start) // layout.positions_per_chunk,
+            audio_group=(positions[0, audio] - start) // layout.positions_per_chunk,
             audio_kept=audio_kept,
-            video_drop=video_drop,
+            video_drop=shares.video,
         )
         _prune_video(unzipped_LD, keep_L, grids, place, drops)
-    [result] = gather_kept([sequence[2]], embeds_LD, keep_L, [int(keep_L.sum())])
+    [result] = gather_kept([len(host_ids)], embeds_LD, keep_L, [int(keep_L.sum())])
     return result
 
 
@@ -83,7 +81,7 @@ def _zip_audio(
     num_top = round((1 - audio_drop) * num)
     order = importance_A.to(audio_AD.device).float().sort(descending=True, stable=True).indices
     rest = order[num_top:].sort().values
-    num_anchors = min(round(_ANCHORS * num), len(rest))
+    num_anchors = min(round(ANCHORS * num), len(rest))
     kept = torch.zeros(num, dtype=torch.bool, device=audio_AD.device)
     kept[order[:num_top]] = True
     if num_anchors == 0:
@@ -137,7 +135,7 @@ def group_shares(
     if len(guided) == 0:
         return shares
     # the division first: equal shares are equal floats then, and the first of equals is fixed
-    base = _HIGHEST - (_HIGHEST - _LOWEST) * (num_kept[guided] / num_audio[guided])
+    base = _HIGHEST - (_HIGHEST - LOWEST) * (num_kept[guided] / num_audio[guided])
     if len(guided) > 2:
         tokens = num_video[guided]
         between = np.ones(len(guided), dtype=bool)
@@ -145,7 +143,7 @@ def group_shares(
         fixed = (base * tokens)[~between].sum()
         wanted = video_drop * tokens.sum() - fixed
         base[between] *= wanted / (base * tokens)[between].sum()
-    shares[guided] = base.clip(_LOWEST, _HIGHEST)
+    shares[guided] = base.clip(LOWEST, _HIGHEST)
     return shares
 
 

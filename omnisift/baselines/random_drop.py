@@ -9,25 +9,17 @@ import numpy as np
 import torch
 
 from omnisift.chance import draw
-from omnisift.compress import (
-    Compressed,
-    DropShares,
-    Sequence3d,
-    check_inputs,
-    gather_kept,
-    lay_end_to_end,
-)
-from omnisift.layout import find_chunks
+from omnisift.compress import Compressed, Sequence3d, check_inputs, gather_kept, lay_end_to_end
+from omnisift.compression_plan import DropShares
+from omnisift.layout import ModelLayout, find_chunks
 from omnisift.video_pruning import drop_highest
 
 
 def drop_at_random(
     sequences: Sequence[Sequence3d],
+    shares: DropShares,
+    layout: ModelLayout,
     *,
-    video_drop: float,
-    audio_drop: float,
-    video_token_id: int,
-    audio_token_id: int,
     video_keys: Sequence[str],
 ) -> list[Compressed]:
     """Shorten sequences (inputs_embeds [L, D], input_ids [L], position_ids [3, L]) at random.
@@ -37,18 +29,18 @@ def drop_at_random(
     as OmniSIFT takes from equal grids. Raises ValueError for shares outside [0, 1], shapes that do
     not belong together, and for missing keys.
     """
-    check_inputs(sequences, DropShares(video_drop, audio_drop))
+    check_inputs(sequences, shares)
     chunks = find_chunks(
         [(ids.cpu().numpy(), positions.cpu().numpy()) for _, ids, positions in sequences],
-        video_token_id=video_token_id,
-        audio_token_id=audio_token_id,
+        video_token_id=layout.video_token_id,
+        audio_token_id=layout.audio_token_id,
     )
     lengths = [embeds.shape[0] for embeds, _, _ in sequences]
     drawn = draw(chunks, lengths, video_keys)
     drops = np.zeros(sum(lengths), dtype=np.int64)
     for parts, share in (
-        (((chunks.first, chunks.num_first), (chunks.second, chunks.num_second)), video_drop),
-        (((chunks.audio, chunks.num_audio),), audio_drop),
+        (((chunks.first, chunks.num_first), (chunks.second, chunks.num_second)), shares.video),
+        (((chunks.audio, chunks.num_audio),), shares.audio),
     ):
         index = np.concatenate([rows for rows, _ in parts], axis=1)
         valid = np.concatenate(
@@ -63,4 +55,4 @@ def drop_at_random(
     num_kept = [int(part.sum()) for part in np.split(kept, np.cumsum(lengths)[:-1])]
     tokens_LD = lay_end_to_end([embeds for embeds, _, _ in sequences])
     keep_L = torch.from_numpy(kept).to(tokens_LD.device)
-    return gather_kept([positions for _, _, positions in sequences], tokens_LD, keep_L, num_kept)
+    return gather_kept(lengths, tokens_LD, keep_L, num_kept)

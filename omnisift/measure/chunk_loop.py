@@ -5,21 +5,21 @@ from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.compression_plan import DropShares
+from omnisift.layout import ModelLayout
 
 
 def chunk_loop(
     embeds: Tensor,
     ids: Tensor,
     positions: Tensor,
+    shares: DropShares,
+    layout: ModelLayout,
     *,
     selector: AudioSelector,
-    shares: DropShares,
-    video_token_id: int,
-    audio_token_id: int,
 ) -> Tensor:
     """Return the keep mask [L] of embeds [L, D], ids [L], positions [3, L], all on one device."""
     keep = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    is_video, is_audio = ids == video_token_id, ids == audio_token_id
+    is_video, is_audio = ids == layout.video_token_id, ids == layout.audio_token_id
     times = positions[0][is_video].unique().tolist()
     for start in range(0, len(times), 2):
         end = times[start + 2] if start + 2 < len(times) else positions[0].max().item() + 1

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnisift.compress import DropShares, drop_shares
+from omnisift.compress import drop_shares
+from omnisift.compression_plan import DropShares
 from omnisift.layout import Block, Modality, ModelLayout, place_block
 from omnisift.media import FACTOR
 from omnisift.mini.lessons import Slots

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from omnisift.compress import DropShares, compress_planned
-from omnisift.compression_plan import CompressionPlan, plan_compression
+from omnisift.compress import Explore, compress_planned
+from omnisift.compression_plan import CompressionPlan, DropShares, plan_compression
 from omnisift.layout import ModelLayout
 from omnisift.methods import DECIDERS, compress_with
 from omnisift.mini import towers
@@ -29,7 +28,7 @@ from omnisift.mini.lessons import IGNORED, Lesson, Lessons
 from omnisift.mini.observe import Seen, observe
 from omnisift.mini.questions import KINDS
 from omnisift.mini.student import Stage, Student
-from omnisift.training.exploring import Antithetic, Exploring
+from omnisift.training.exploring import Antithetic, exploring
 from omnisift.training.loop import Schedule, train
 
 _HELP_UNTIL, _HELP_AFTER = 0.6, 0.1  # share of the steps; weight of the auxiliary losses behind
@@ -98,8 +97,8 @@ class Trainer:
                 kept = embeds
                 kept_positions = clips.positions[:, None].expand(-1, len(embeds), -1)
             else:
-                selector = Exploring(student.selector, recipe.exploration)
-                kept, kept_positions, mask = self._compress(lesson, clips, embeds, selector)
+                explore = exploring(recipe.exploration)
+                kept, kept_positions, mask = self._compress(lesson, clips, embeds, explore)
             hidden = self._read(lesson, kept, kept_positions, clips.block.next_position)
             losses, metrics = self._text_losses(lesson, hidden[:, -lesson.ids.shape[1] :])
             loss = losses.sum()
@@ -123,19 +122,21 @@ class Trainer:
         self, lesson: Lesson, seen: Seen, clips: Clips, embeds: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compare two selections that differ by noise; the LLM stays as it is."""
-        selector = Antithetic(self.student.selector, self.recipe.exploration)
-        found = []
-        for _ in range(2):
-            kept, positions, mask = self._compress(lesson, clips, embeds, selector)
+        noise = Antithetic(self.recipe.exploration)
+        found: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for explore in (noise.first, noise.second):
+            # The second only reads the scores of the first.
+            with torch.no_grad() if found else nullcontext():
+                kept, positions, mask = self._compress(lesson, clips, embeds, explore)
             with torch.no_grad():
                 hidden = self._read(lesson, kept, positions, clips.block.next_position)
                 found.append(self._text_losses(lesson, hidden[:, -lesson.ids.shape[1] :]))
         (first, metrics), (second, _) = found
-        loss = selector.loss(first, second)
+        loss = noise.loss(first, second)
         return loss, metrics | _kept_metrics(mask[:, clips.audio], seen.sound >= 0)
 
     def _compress(
-        self, lesson: Lesson, clips: Clips, embeds: Tensor, selector: Any
+        self, lesson: Lesson, clips: Clips, embeds: Tensor, explore: Explore | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the kept tokens [B, n, D], their positions [3, B, n], who was kept [B, L]."""
         recipe = self.recipe
@@ -148,20 +149,20 @@ class Trainer:
             if deciders is not None and not deciders.by_chance:
                 # The plan is the same for all clips of a layout: made once, not at each step.
                 plan = self._plans(lesson.duration_s, len(clips.audio), len(rows), shares)
-                results = compress_planned(rows.unbind(), plan, selector)
+                results = compress_planned(
+                    rows.unbind(), plan, self.student.selector, explore=explore
+                )
             else:
                 ids = torch.from_numpy(clips.block.ids)
                 positions = torch.from_numpy(clips.block.positions)
                 results = compress_with(
                     recipe.method,
                     [(row, ids, positions) for row in rows],
-                    video_drop=shares.video,
-                    audio_drop=shares.audio,
-                    video_token_id=self.layout.video_token_id,
-                    audio_token_id=self.layout.audio_token_id,
-                    selector=selector,
+                    shares,
+                    self.layout,
+                    selector=self.student.selector,
+                    explore=explore,
                     video_keys=lesson.keys,
-                    positions_per_chunk=self.layout.positions_per_chunk,
                 )
         index = torch.stack([result.kept_index for result in results])
         kept = torch.stack([result.embeds for result in results])
@@ -179,8 +180,7 @@ class Trainer:
         return plan_compression(
             [layout] * number,
             shares,
-            video_token_id=self.layout.video_token_id,
-            audio_token_id=self.layout.audio_token_id,
+            self.layout,
             device=self.device,
             deciders=DECIDERS[self.recipe.method],
         )
@@ -234,8 +234,8 @@ class Trainer:
 def _kept_metrics(kept: Tensor, sounding: Tensor) -> dict[str, Tensor]:
     """Return which share of the audio tokens is kept, of those with a sound and of the others."""
     return {
-        "kept/sounding": (kept & sounding).sum() / sounding.sum(),
-        "kept/silent": (kept & ~sounding).sum() / (~sounding).sum(),
+        "kept/sounding": (kept & sounding).sum() / sounding.sum().clamp(min=1),
+        "kept/silent": (kept & ~sounding).sum() / (~sounding).sum().clamp(min=1),
     }
 
 

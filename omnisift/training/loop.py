@@ -121,9 +121,9 @@ def train_by_gradients(
     """Train with a function that leaves a step's gradients in `parameters` and returns metrics.
 
     For gradients gathered from micro-batches, or from the workers of a process group (each calls
-    this; metrics must be equal on all). `rate_of(name)` multiplies the learning rate of a
-    parameter. A state of this folder is only taken up by a run of the same `facts` (JSON values),
-    schedule, seed and parameters.
+    this, with torch's generators seeded by its rank as well; metrics must be equal on all).
+    `rate_of(name)` multiplies the learning rate of a parameter. A state of this folder is only
+    taken up by a run of the same `facts` (JSON values), schedule, seed and parameters.
 
     Writes `folder`/curves.jsonl (means of the metrics over `log_every` steps), curves.png and, at
     every `checkpoint_every` steps and at the end, the newest state. Metrics stay on the device
@@ -150,7 +150,8 @@ def train_by_gradients(
     curves = Curves(folder, start, writes=rank == 0)
     values = list(parameters.values())
     for step in range(start, schedule.steps):
-        torch.manual_seed(step_seed(seed, step))
+        # Each worker draws noise of its own; a worker alone as it would anywhere.
+        torch.manual_seed((step_seed(seed, step) + rank) % 2**63)
         metrics = gradients_of(step)
         norm = clip_gradients(values, schedule.max_grad_norm)
         for group in optimizer.param_groups:

@@ -8,6 +8,7 @@ Shapes: B sequences, L tokens, A tokens of all answers, D width.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,13 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone, language_model
 from omnisift.checkpoint import SELECTOR_PREFIX
-from omnisift.compress import DropShares
-from omnisift.compression_plan import plan_compression
+from omnisift.compress import Explore
+from omnisift.compression_plan import COMPLETE, Deciders, DropShares, plan_compression
 from omnisift.compressor import Clip, TooLongError, VideoCompressor
 from omnisift.layout import Block, Modality
 from omnisift.methods import TRAINED_METHODS, compress_with, find_method
 from omnisift.prompts import PromptText, prompt_positions
-from omnisift.training.exploring import Antithetic, Exploring
+from omnisift.training.exploring import Antithetic, exploring
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class PrunedLoss(nn.Module):
         """Freeze all of `backbone` but its LLM (text embedding and head included).
 
         `max_tokens` bounds what the LLM reads of an example, after pruning. `exploration` is the
-        noise of `Exploring` and of `Antithetic`, 0 the published gradient.
+        noise of `exploring` and of `Antithetic`, 0 the published gradient.
         """
         super().__init__()
         if method not in TRAINED_METHODS:
@@ -168,12 +169,14 @@ class PrunedLoss(nn.Module):
         if self.method == "none":
             return len(block.ids)
         layout = self.backbone.layout
+        # Of chance and scores alike as many stay; but these lose sound whatever is still seen.
+        alone = self.method in ("random", "omnisift_audio_only")
         plan = plan_compression(
             [(torch.from_numpy(block.ids), torch.from_numpy(block.positions))],
             self.shares,
-            video_token_id=layout.video_token_id,
-            audio_token_id=layout.audio_token_id,
+            layout,
             device=torch.device("cpu"),
+            deciders=Deciders(audio="audio") if alone else COMPLETE,
         )
         return plan.kept[0]
 
@@ -188,8 +191,8 @@ class PrunedLoss(nn.Module):
             return self._compare_selections(batch)
         if not batch:
             return self._nothing()
-        selector = Exploring(self.selector, self.exploration)
-        sequences = self._prune(batch, self._embed_all(batch), selector)
+        explore = exploring(self.exploration)
+        sequences = self._prune(batch, self._embed_all(batch), explore)
         losses_A, correct = self._read_answers(batch, sequences)
         return LossSums(losses_A.sum(), correct, len(losses_A), _num_tokens(sequences))
 
@@ -202,23 +205,25 @@ class PrunedLoss(nn.Module):
         with torch.no_grad():
             embedded = self._embed_all(batch)
         # One each: an example has chunks of its own, and a loss.
-        selectors = [Antithetic(self.selector, self.exploration) for _ in batch]
-        read = []
-        for _ in range(2):
-            sequences = [
-                sequence
-                for laid, parts, selector in zip(batch, embedded, selectors, strict=True)
-                for sequence in self._prune([laid], [parts], selector)
-            ]
+        noises = [Antithetic(self.exploration) for _ in batch]
+        read: list[Tensor] = []
+        for explores in ([noise.first for noise in noises], [noise.second for noise in noises]):
+            # The second only reads the scores of the first.
+            with torch.no_grad() if read else nullcontext():
+                sequences = [
+                    sequence
+                    for laid, parts, explore in zip(batch, embedded, explores, strict=True)
+                    for sequence in self._prune([laid], [parts], explore)
+                ]
             with torch.no_grad():
                 losses_A, correct = self._read_answers(batch, sequences)
             losses = losses_A.split([laid.num_answer for laid in batch])
             read.append(torch.stack([some.sum() for some in losses]))
         first_B, second_B = read
         pulls = [
-            selector.loss(first_B[row : row + 1], second_B[row : row + 1])
-            for row, selector in enumerate(selectors)
-            if selector.score is not None  # it was asked: there is sound
+            noise.loss(first_B[row : row + 1], second_B[row : row + 1])
+            for row, noise in enumerate(noises)
+            if noise.pushed  # there is sound
         ]
         pull = torch.stack(pulls).sum() if pulls else self._no_pull()
         loss = first_B.sum() + (pull - pull.detach())
@@ -295,7 +300,10 @@ class PrunedLoss(nn.Module):
         ]
 
     def _prune(
-        self, batch: Sequence[LaidExample], embedded: Sequence[_Embedded], selector: Any
+        self,
+        batch: Sequence[LaidExample],
+        embedded: Sequence[_Embedded],
+        explore: Explore | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Return embeddings [L, D] and positions [3, L] of the pruned sequences."""
         layout = self.backbone.layout
@@ -309,20 +317,20 @@ class PrunedLoss(nn.Module):
                 )
                 for laid, parts in zip(batch, embedded, strict=True)
             ],
-            video_drop=self.shares.video,
-            audio_drop=self.shares.audio,
-            video_token_id=layout.video_token_id,
-            audio_token_id=layout.audio_token_id,
-            selector=selector,
+            self.shares,
+            layout,
+            selector=self.selector,
+            explore=explore,
             video_keys=[laid.example.video_key for laid in batch],
-            positions_per_chunk=layout.positions_per_chunk,
         )
         sequences = []
         for laid, parts, pruned in zip(batch, embedded, kept, strict=True):
             start = len(laid.before)
             embeds = torch.cat([parts.before, pruned.embeds, parts.after])
             # On the tokens' device: on the host they would wait for the compression.
-            block_positions = pruned.all_positions.to(embeds.device, non_blocking=True)
+            block_positions = torch.from_numpy(laid.block.positions).to(
+                embeds.device, non_blocking=True
+            )
             positions = torch.cat(
                 [
                     torch.arange(start, device=embeds.device).expand(3, -1),

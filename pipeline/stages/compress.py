@@ -16,7 +16,7 @@ from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, read_selector, resolve
 from omnisift.codec import Codec, encode
-from omnisift.compress import DropShares
+from omnisift.compression_plan import DropShares
 from omnisift.compressor import Clip, KeptTokens, TooLongError, VideoCompressor
 from pipeline import rows
 

@@ -51,3 +51,15 @@ def test_a_backbone_that_does_not_fit_is_named(
 def test_the_second_stage_needs_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="--start names the backbone's run"):
         train(monkeypatch, "--stage", "compressed", "--output", str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["omnizip", "dycoke"])
+def test_what_has_nothing_to_train_is_refused_before_the_first_step(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train(
+            monkeypatch,
+            *("--stage", "backbone", "--output", str(tmp_path / "run"), "--method", method),
+        )
+    assert "--method: invalid choice" in capsys.readouterr().err

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import load_backbone
-from omnisift.compress import compress
+from omnisift.compress import compress_batch
+from omnisift.compression_plan import DropShares
 from omnisift.layout import Block, num_audio_tokens, place_block
 from omnisift.media import log_mel, num_mel_frames, patchify
 from omnisift.mini.tiny import write_tiny_model
@@ -116,15 +117,11 @@ def test_keeping_everything_changes_nothing(backbone: Backbone) -> None:
     block = _block(backbone, frames, audio, 1.0)
     [video], [sound] = backbone.encode_video([frames]), backbone.encode_audio([audio])
     embeds = backbone.place(block, video, sound)
-    result = compress(
-        embeds,
-        torch.from_numpy(block.ids),
-        torch.from_numpy(block.positions),
+    [result] = compress_batch(
+        [(embeds, torch.from_numpy(block.ids), torch.from_numpy(block.positions))],
+        DropShares(0.0, 0.0),
+        backbone.layout,
         selector=None,
-        video_drop=0.0,
-        audio_drop=0.0,
-        video_token_id=backbone.layout.video_token_id,
-        audio_token_id=backbone.layout.audio_token_id,
     )
     assert torch.equal(result.embeds, embeds)
-    assert torch.equal(result.position_ids, torch.from_numpy(block.positions))
+    assert result.keep_mask.all()

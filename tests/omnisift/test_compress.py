@@ -3,17 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.compress import Compressed, DropShares, compress, compress_batch, drop_shares
+from omnisift.compress import Compressed, compress_batch, drop_shares
+from omnisift.compression_plan import DropShares, plan_compression
 from omnisift.layout import ModelLayout, place_block
 from tests.omnisift.slow_compress import SlowCompressed, slow_chunks, slow_compress
 
@@ -102,6 +102,11 @@ def placed_layouts(draw: st.DrawFn) -> Sequence3d:
     return Sequence3d([TEXT] * before + block.ids.tolist() + [TEXT] * after, positions.tolist())
 
 
+# Windows of 10, 10 and 70 audio tokens: the last has no end, and a group of its own.
+LONG_SOUND = in_order(
+    [(VIDEO, 5 * grid, row, grid) for grid in range(6) for row in range(3)]
+    + [(AUDIO, time, time, time) for time in range(90)]
+)
 LAYOUTS = invented_layouts() | placed_layouts()
 SHARES = st.sampled_from([0.0, 0.3, 0.4, 0.5, 0.67, 0.7, 0.77, 1.0]) | st.floats(0, 1)
 
@@ -130,14 +135,7 @@ def fast(
     video_drop: float,
     audio_drop: float,
 ) -> list[Compressed]:
-    return compress_batch(
-        sequences,
-        selector=selector,
-        video_drop=video_drop,
-        audio_drop=audio_drop,
-        video_token_id=VIDEO,
-        audio_token_id=AUDIO,
-    )
+    return compress_batch(sequences, DropShares(video_drop, audio_drop), LAYOUT, selector=selector)
 
 
 def slow(
@@ -163,7 +161,6 @@ def slow(
 def assert_same(one: Compressed, other: Compressed) -> None:
     assert torch.equal(one.keep_mask, other.keep_mask)
     assert torch.equal(one.kept_index, other.kept_index)
-    assert torch.equal(one.position_ids, other.position_ids)
     assert one.embeds.dtype == other.embeds.dtype
     assert torch.equal(one.embeds, other.embeds)
 
@@ -176,6 +173,7 @@ def assert_same(one: Compressed, other: Compressed) -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
+@example(layouts=[LONG_SOUND] * 2, video_drop=0.77, audio_drop=0.5, dtype=torch.float32, seed=7)
 def test_equals_the_slow_loop_alone_and_in_a_batch(
     layouts: list[Sequence3d], video_drop: float, audio_drop: float, dtype: torch.dtype, seed: int
 ) -> None:
@@ -191,12 +189,11 @@ def test_equals_the_slow_loop_alone_and_in_a_batch(
         batch = fast(sequences, selector, video_drop, audio_drop)
         again = fast(sequences, selector, video_drop, audio_drop)
         alone = [fast([sequence], selector, video_drop, audio_drop)[0] for sequence in sequences]
-    for (embeds, _, positions), oracle, result in zip(sequences, expected, batch, strict=True):
+    for (embeds, _, _), oracle, result in zip(sequences, expected, batch, strict=True):
         assert result.keep_mask.dtype == torch.bool
         assert result.keep_mask.tolist() == oracle.keep
         kept = [index for index, keep in enumerate(oracle.keep) if keep]
         assert result.kept_index.tolist() == kept
-        assert torch.equal(result.position_ids, positions[:, kept])
         assert torch.equal(result.embeds, embeds[kept])
         assert result.embeds.dtype == dtype
     for one, other in zip(batch + batch, again + alone, strict=True):
@@ -212,6 +209,7 @@ def test_equals_the_slow_loop_alone_and_in_a_batch(
     audio_drop=SHARES,
     seed=st.integers(0, 2**31),
 )
+@example(layouts=[LONG_SOUND] * 2, video_drop=0.77, audio_drop=0.5, seed=7)
 def test_gradients_equal_the_slow_loops_autograd(
     layouts: list[Sequence3d], video_drop: float, audio_drop: float, seed: int
 ) -> None:
@@ -302,6 +300,46 @@ def test_of_equally_similar_tokens_the_lower_index_is_dropped(
     assert result.keep_mask.tolist() == oracle.keep
 
 
+def test_only_windows_of_unlike_length_are_decided_apart() -> None:
+    usual = block_sequence(grids=9, height=2, width=2, audio_tokens=237)
+    for layouts, groups in (([usual] * 3, 1), ([LONG_SOUND] * 2, 2)):
+        plan = plan_compression(
+            [(torch.tensor(one.ids), torch.tensor(one.positions)) for one in layouts],
+            DropShares(0.77, 0.5),
+            LAYOUT,
+            device=torch.device("cpu"),
+        )
+        assert len(plan.audio) == groups
+        padded = sum(audio.audio.numel() for audio in plan.audio)
+        assert padded <= 2 * sum(one.ids.count(AUDIO) for one in layouts)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_exploring_sees_each_audio_token_once_and_decides(gradients: bool) -> None:
+    """Scores that rise along each window keep its end; padding scores highest and is nowhere."""
+    seen = []
+
+    def explore(score_RA: Tensor, valid_RA: Tensor) -> Tensor:
+        seen.append(int(valid_RA.sum()))
+        return torch.where(valid_RA, score_RA + torch.arange(score_RA.shape[1]), 1e3)
+
+    sequence = tensors_of(LONG_SOUND, 0)
+    with torch.set_grad_enabled(gradients):
+        results = compress_batch(
+            [sequence] * 2,
+            DropShares(0.5, 0.5),
+            LAYOUT,
+            selector=random_selector(0),
+            explore=explore,
+        )
+    assert sorted(seen) == [2 * 20, 2 * 70]
+    for result in results:
+        kept = result.keep_mask[sequence[1] == AUDIO].tolist()
+        assert kept == [
+            half for size in (10, 10, 70) for half in [False] * (size // 2) + [True] * (size // 2)
+        ]
+
+
 def test_a_still_grid_loses_its_first_tokens() -> None:
     layout = block_sequence(grids=4, height=2, width=5, audio_tokens=0)
     _, ids, positions = tensors_of(layout, 0)
@@ -333,7 +371,6 @@ def test_drop_shares_0_mean_off(layout: Sequence3d, seed: int) -> None:
     [result] = fast([sequence], random_selector(seed), 0.0, 0.0)
     assert result.keep_mask.all()
     assert torch.equal(result.embeds.detach(), sequence[0])
-    assert torch.equal(result.position_ids, sequence[2])
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -436,18 +473,6 @@ def test_blank_frames_and_silence_are_compressed_without_nan() -> None:
     result.embeds.sum().backward()
     assert embeds.grad is not None
     assert torch.isfinite(embeds.grad).all()
-
-
-def test_compress_is_a_batch_of_one() -> None:
-    layout = block_sequence(grids=4, height=2, width=2, audio_tokens=100)
-    embeds, ids, positions = tensors_of(layout, 0)
-    selector = random_selector(0)
-    keywords: dict[str, Any] = {"video_token_id": VIDEO, "audio_token_id": AUDIO}
-    with torch.no_grad():
-        one = compress(
-            embeds, ids, positions, selector=selector, video_drop=0.5, audio_drop=0.5, **keywords
-        )
-    assert_same(one, fast([(embeds, ids, positions)], selector, 0.5, 0.5)[0])
 
 
 @pytest.mark.parametrize("share", [-0.01, 1.01, math.nan, math.inf])

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.compress import COMPLETE, Compressed, Deciders, Sequence3d, compress_batch
+from omnisift.compress import Compressed, Sequence3d, compress_batch
+from omnisift.compression_plan import COMPLETE, Deciders, DropShares
 from tests.omnisift.baselines.layouts import (
     AUDIO,
+    LAYOUT,
     PROMPTS,
     RANDOM,
     SHARES,
@@ -47,11 +49,9 @@ def run(
 ) -> Compressed:
     [result] = compress_batch(
         [sequence],
+        DropShares(video_drop, audio_drop),
+        LAYOUT,
         selector=random_selector(0),
-        video_drop=video_drop,
-        audio_drop=audio_drop,
-        video_token_id=VIDEO,
-        audio_token_id=AUDIO,
         deciders=deciders,
         video_keys=[key],
     )
@@ -126,11 +126,9 @@ def test_the_selector_that_hears_alone_learns() -> None:
     selector = random_selector(0)
     [result] = compress_batch(
         [sequence],
+        DropShares(0.5, 0.5),
+        LAYOUT,
         selector=selector,
-        video_drop=0.5,
-        audio_drop=0.5,
-        video_token_id=VIDEO,
-        audio_token_id=AUDIO,
         deciders=Deciders(audio="audio"),
     )
     result.embeds.square().sum().backward()

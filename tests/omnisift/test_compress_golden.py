@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from omnisift.audio_selection import AudioSelector
-from omnisift.compress import compress
+from omnisift.compress import compress_batch
+from omnisift.compression_plan import DropShares
+from omnisift.layout import ModelLayout
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -23,20 +25,15 @@ def test_equals_the_reference(case: dict[str, Any]) -> None:
         {k.removeprefix("selector."): v for k, v in vectors.items() if k.startswith("selector.")}
     )
     embeds = vectors["inputs_embeds"].requires_grad_()  # [1, L, D]: the reference is batched
-    position_ids = vectors["position_ids"][:, 0]
-    result = compress(
-        embeds[0],
-        vectors["input_ids"][0],
-        position_ids,
+    [result] = compress_batch(
+        [(embeds[0], vectors["input_ids"][0], vectors["position_ids"][:, 0])],
+        DropShares(case["drop_share_video"], case["drop_share_audio"]),
+        ModelLayout(video_token_id=case["video_token_id"], audio_token_id=case["audio_token_id"]),
         selector=selector,
-        video_drop=case["drop_share_video"],
-        audio_drop=case["drop_share_audio"],
-        video_token_id=case["video_token_id"],
-        audio_token_id=case["audio_token_id"],
     )
     assert torch.equal(result.keep_mask, vectors["keep_mask"].bool().flatten())
     torch.testing.assert_close(result.embeds, vectors["kept_embeds"].squeeze(0), rtol=0, atol=1e-6)
-    assert torch.equal(result.position_ids, position_ids[:, result.keep_mask])
+    assert torch.equal(result.kept_index, vectors["keep_mask"].flatten().nonzero().flatten())
 
     loss = torch.sigmoid(result.embeds @ vectors["loss_target"]).mean()
     loss.backward()

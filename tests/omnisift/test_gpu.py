@@ -13,7 +13,8 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
-from omnisift.compress import compress, drop_shares
+from omnisift.compress import compress_batch, drop_shares
+from omnisift.compression_plan import DropShares
 from omnisift.compressor import Clip, VideoCompressor
 from omnisift.float32_product import linear_float32
 from omnisift.layout import ModelLayout, place_block
@@ -108,15 +109,19 @@ def test_compression_equals_the_reference(case: dict[str, Any]) -> None:
         {k.removeprefix("selector."): v for k, v in vectors.items() if k.startswith("selector.")}
     )
     with torch.inference_mode():
-        result = compress(
-            vectors["inputs_embeds"][0].cuda(),
-            vectors["input_ids"][0],
-            vectors["position_ids"][:, 0],
+        [result] = compress_batch(
+            [
+                (
+                    vectors["inputs_embeds"][0].cuda(),
+                    vectors["input_ids"][0],
+                    vectors["position_ids"][:, 0],
+                )
+            ],
+            DropShares(case["drop_share_video"], case["drop_share_audio"]),
+            ModelLayout(
+                video_token_id=case["video_token_id"], audio_token_id=case["audio_token_id"]
+            ),
             selector=selector.cuda(),
-            video_drop=case["drop_share_video"],
-            audio_drop=case["drop_share_audio"],
-            video_token_id=case["video_token_id"],
-            audio_token_id=case["audio_token_id"],
         )
     assert torch.equal(result.keep_mask.cpu(), vectors["keep_mask"].bool().flatten())
 
@@ -135,15 +140,17 @@ def test_a_gpu_keeps_what_a_cpu_keeps(published: bool) -> None:
     masks = []
     for device in ("cpu", "cuda"):
         with torch.inference_mode():
-            result = compress(
-                embeds.to(device),
-                torch.from_numpy(block.ids),
-                torch.from_numpy(block.positions),
+            [result] = compress_batch(
+                [
+                    (
+                        embeds.to(device),
+                        torch.from_numpy(block.ids),
+                        torch.from_numpy(block.positions),
+                    )
+                ],
+                DropShares(0.77, 0.5),
+                layout,
                 selector=selector.to(device),
-                video_drop=0.77,
-                audio_drop=0.5,
-                video_token_id=layout.video_token_id,
-                audio_token_id=layout.audio_token_id,
             )
         masks.append(result.keep_mask.cpu())
     different = int((masks[0] != masks[1]).sum())
@@ -158,15 +165,11 @@ def test_compression_never_waits_for_the_gpu() -> None:
     selector = AudioSelector(64, 32).cuda().requires_grad_(False)
 
     def run() -> None:
-        compress(
-            embeds,
-            torch.from_numpy(block.ids),
-            torch.from_numpy(block.positions),
+        compress_batch(
+            [(embeds, torch.from_numpy(block.ids), torch.from_numpy(block.positions))],
+            DropShares(0.77, 0.5),
+            layout,
             selector=selector,
-            video_drop=0.77,
-            audio_drop=0.5,
-            video_token_id=layout.video_token_id,
-            audio_token_id=layout.audio_token_id,
         )
 
     with torch.inference_mode():

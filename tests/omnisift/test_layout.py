@@ -1,5 +1,6 @@
 """The layout against transformers' own code, and the chunks against a slow loop."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from omnisift.layout import (
     find_chunks,
     num_audio_tokens,
     place_block,
+    rows_alike,
 )
 from tests.omnisift.slow_compress import slow_chunks
 
@@ -311,3 +313,26 @@ def test_the_chunks_of_a_placed_block_hold_each_media_token_once(
     )
     inside = [index for parts in unpadded(chunks) for part in parts for index in part]
     assert sorted(inside) == np.flatnonzero(block.modality != Modality.TEXT).tolist()
+
+
+@RANDOM
+@given(
+    counts=st.lists(st.integers(1, 60) | st.sampled_from([2, 50, 1100, 7500]), max_size=200),
+)
+def test_rows_padded_together_are_at_most_twice_what_they_hold(counts: list[int]) -> None:
+    groups = [group.tolist() for group in rows_alike(np.array(counts, dtype=np.int64))]
+    assert sorted(row for group in groups for row in group) == list(range(len(counts)))
+    for group in groups:
+        held = [counts[row] for row in group]
+        assert group == sorted(group)
+        assert len(held) * max(held) <= 2 * sum(held)
+    # Each takes all rows of half its longest and more: none but the first is as long as that.
+    assert len(groups) <= math.log2(max(counts, default=1)) + 1
+    if counts and len(counts) * max(counts) <= 2 * sum(counts):
+        assert len(groups) == 1
+
+
+@pytest.mark.parametrize("last", [2, 25, 50, 62, 100])
+def test_usual_windows_are_padded_together(last: int) -> None:
+    """Two seconds each, but for the last one of a clip."""
+    assert len(rows_alike(np.array([50] * 15 + [last], dtype=np.int64))) == 1

@@ -1,7 +1,6 @@
 """Every method behind one call, from tensors and from clips."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +10,11 @@ from torch import Tensor
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, read_selector
-from omnisift.compress import DropShares, Sequence3d, compress_batch, drop_shares
+from omnisift.compress import Sequence3d, compress_batch, drop_shares
+from omnisift.compression_plan import DropShares
 from omnisift.compressor import Clip, VideoCompressor
 from omnisift.layout import ModelLayout, place_block
-from omnisift.methods import METHODS, compress_with
+from omnisift.methods import METHODS, compress_with, most_kept
 from omnisift.mini.tiny import write_tiny_model
 
 LAYOUT = ModelLayout()
@@ -33,9 +33,9 @@ def backbone(folder: Path) -> Backbone:
     return load_backbone(folder, part="towers")
 
 
-def _sequence(audio_tokens: int) -> Sequence3d:
+def _sequence(audio_tokens: int, grids: int = 8, height: int = 3) -> Sequence3d:
     block = place_block(
-        LAYOUT, grids=8, height=3, width=4, seconds_per_grid=1.0, audio_tokens=audio_tokens
+        LAYOUT, grids=grids, height=height, width=4, seconds_per_grid=1.0, audio_tokens=audio_tokens
     )
     generator = torch.Generator().manual_seed(audio_tokens)
     embeds = torch.randn(len(block.ids), WIDTH, generator=generator) + 0.5
@@ -54,39 +54,58 @@ def test_a_batch_of_sound_and_silence(method: str, shares: DropShares) -> None:
     results = compress_with(
         method,
         sequences,
-        video_drop=shares.video,
-        audio_drop=shares.audio,
-        video_token_id=LAYOUT.video_token_id,
-        audio_token_id=LAYOUT.audio_token_id,
+        shares,
+        LAYOUT,
         selector=AudioSelector(WIDTH, 16, 2),
         video_keys=["a", "b", "c"],
         audio_importance=_importance(sequences),
     )
-    for (embeds, ids, positions), result in zip(sequences, results, strict=True):
+    for (embeds, ids, _), result in zip(sequences, results, strict=True):
         media = (ids == LAYOUT.video_token_id) | (ids == LAYOUT.audio_token_id)
         assert result.keep_mask[~media].all()
         assert result.embeds.shape == (int(result.keep_mask.sum()), WIDTH)
         assert torch.equal(result.kept_index, result.keep_mask.nonzero().flatten())
-        assert torch.equal(result.position_ids, positions[:, result.keep_mask])
         if method == "none" or shares == DropShares(0.0, 0.0):
             assert torch.equal(result.embeds.detach(), embeds)
         elif shares == SHARES and method != "omnizip":  # which clamps, and keeps anchors
             assert float(result.keep_mask[media].float().mean()) == pytest.approx(0.44, abs=0.12)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("video_drop", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize("audio_drop", [0.1, 0.9])
+def test_no_clip_keeps_more_than_is_counted(
+    method: str, video_drop: float, audio_drop: float
+) -> None:
+    """Video alone, with usual sound, and a picture under long sound."""
+    shares = DropShares(video=video_drop, audio=audio_drop)
+    torch.manual_seed(0)
+    selector = AudioSelector(WIDTH, 16, 2)
+    for grids, audio_tokens in ((16, 0), (16, 400), (5, 300)):
+        sequence = _sequence(audio_tokens, grids, height=8)
+        [result] = compress_with(
+            method,
+            [sequence],
+            shares,
+            LAYOUT,
+            selector=selector,
+            video_keys=["a"],
+            audio_importance=_importance([sequence]),
+        )
+        kinds = torch.tensor([LAYOUT.video_token_id, LAYOUT.audio_token_id])
+        media = torch.isin(sequence[1], kinds)
+        rounding = 2 * grids + 32 * (method == "dycoke" and grids % 4 > 0)
+        kept = int(result.keep_mask[media].sum())
+        assert kept <= most_kept(method, shares) * int(media.sum()) + rounding
+        assert most_kept(method, shares) <= 1
+
+
 def test_omnisift_is_the_published_method() -> None:
     torch.manual_seed(0)
     selector = AudioSelector(WIDTH, 16, 2)
-    arguments: dict[str, Any] = {
-        "selector": selector,
-        "video_drop": SHARES.video,
-        "audio_drop": SHARES.audio,
-        "video_token_id": LAYOUT.video_token_id,
-        "audio_token_id": LAYOUT.audio_token_id,
-    }
     with torch.no_grad():
-        [one] = compress_with("omnisift", [_sequence(200)], **arguments)
-        [other] = compress_batch([_sequence(200)], **arguments)
+        [one] = compress_with("omnisift", [_sequence(200)], SHARES, LAYOUT, selector=selector)
+        [other] = compress_batch([_sequence(200)], SHARES, LAYOUT, selector=selector)
     assert torch.equal(one.keep_mask, other.keep_mask)
 
 
@@ -105,10 +124,8 @@ def test_what_is_missing_is_named(method: str, message: str) -> None:
         compress_with(
             method,
             [_sequence(200)],
-            video_drop=0.5,
-            audio_drop=0.5,
-            video_token_id=LAYOUT.video_token_id,
-            audio_token_id=LAYOUT.audio_token_id,
+            DropShares(0.5, 0.5),
+            LAYOUT,
         )
 
 

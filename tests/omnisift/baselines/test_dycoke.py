@@ -10,9 +10,11 @@ from torch import Tensor
 
 from omnisift.baselines.dycoke import merge_temporally
 from omnisift.compress import Compressed, Sequence3d
+from omnisift.compression_plan import DropShares
 from tests.omnisift.baselines.layouts import (
     AUDIO,
     DECIDED,
+    LAYOUT,
     PROMPTS,
     RANDOM,
     SHARES,
@@ -25,13 +27,7 @@ from tests.omnisift.baselines.layouts import (
 
 
 def fast(sequence: Sequence3d, video_drop: float, audio_drop: float) -> Compressed:
-    return merge_temporally(
-        sequence,
-        video_drop=video_drop,
-        audio_drop=audio_drop,
-        video_token_id=VIDEO,
-        audio_token_id=AUDIO,
-    )
+    return merge_temporally(sequence, DropShares(video_drop, audio_drop), LAYOUT)
 
 
 def slow_merge(pieces: list[list[int]], embeds: Tensor, k: float) -> tuple[set[int], float]:
@@ -86,7 +82,7 @@ def test_equals_the_slow_loop(
     result = fast(sequence, video_drop, audio_drop)
     assert result.keep_mask.tolist() == keep
     assert torch.equal(result.embeds, sequence[0][result.keep_mask])
-    assert torch.equal(result.position_ids, sequence[2][:, result.keep_mask])
+    assert torch.equal(result.kept_index, result.keep_mask.nonzero().flatten())
 
 
 def _clip(grids: int, tokens: int, audio: int) -> Prompt:

@@ -13,6 +13,7 @@ from torch import Tensor
 from omnisift.baselines.density_peaks import density_peaks
 from omnisift.baselines.omnizip import group_shares, zip_tokens
 from omnisift.compress import Compressed, Sequence3d
+from omnisift.compression_plan import DropShares
 from omnisift.layout import place_block
 from tests.omnisift.baselines.layouts import (
     AUDIO,
@@ -33,14 +34,7 @@ from tests.omnisift.baselines.slow_omnizip import exact, slow_group_shares, slow
 def fast(
     sequence: Sequence3d, importance: Tensor, video_drop: float, audio_drop: float
 ) -> Compressed:
-    return zip_tokens(
-        sequence,
-        video_drop=video_drop,
-        audio_drop=audio_drop,
-        video_token_id=VIDEO,
-        audio_token_id=AUDIO,
-        importance=importance,
-    )
+    return zip_tokens(sequence, DropShares(video_drop, audio_drop), LAYOUT, importance=importance)
 
 
 def importance_of(prompt: Prompt, seed: int, *, ties: bool = False) -> Tensor:
@@ -73,7 +67,7 @@ def test_equals_the_slow_loops(
     assert result.keep_mask.tolist() == expected.keep
     rows = torch.stack(expected.rows)[result.keep_mask]
     torch.testing.assert_close(result.embeds, rows, rtol=0, atol=1e-5)
-    assert torch.equal(result.position_ids, sequence[2][:, result.keep_mask])
+    assert torch.equal(result.kept_index, result.keep_mask.nonzero().flatten())
 
 
 GROUPS = st.tuples(

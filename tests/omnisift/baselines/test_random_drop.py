@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from omnisift.baselines.random_drop import drop_at_random
 from omnisift.compress import Compressed, Sequence3d
+from omnisift.compression_plan import DropShares
 from tests.omnisift.baselines.layouts import (
     AUDIO,
+    LAYOUT,
     PROMPTS,
     RANDOM,
     SHARES,
@@ -26,14 +28,7 @@ from tests.omnisift.slow_compress import slow_chunks
 def fast(
     sequences: list[Sequence3d], keys: list[str], video_drop: float, audio_drop: float
 ) -> list[Compressed]:
-    return drop_at_random(
-        sequences,
-        video_drop=video_drop,
-        audio_drop=audio_drop,
-        video_token_id=VIDEO,
-        audio_token_id=AUDIO,
-        video_keys=keys,
-    )
+    return drop_at_random(sequences, DropShares(video_drop, audio_drop), LAYOUT, video_keys=keys)
 
 
 def slow_keep(prompt: Prompt, key: str, video_drop: float, audio_drop: float) -> list[bool]:
@@ -68,7 +63,7 @@ def test_equals_the_slow_loop(
     [result] = fast([sequence], [key], video_drop, audio_drop)
     assert result.keep_mask.tolist() == slow_keep(prompt, key, video_drop, audio_drop)
     assert torch.equal(result.embeds, sequence[0][result.keep_mask])
-    assert torch.equal(result.position_ids, sequence[2][:, result.keep_mask])
+    assert torch.equal(result.kept_index, result.keep_mask.nonzero().flatten())
     assert result.kept_index.tolist() == result.keep_mask.nonzero().flatten().tolist()
 
 

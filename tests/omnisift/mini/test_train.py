@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from omnisift.audio_selection import AudioSelector
 from omnisift.backbone import Backbone
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
-from omnisift.compress import compress
+from omnisift.compress import compress_batch
 from omnisift.compressor import VideoCompressor
 from omnisift.media import SAMPLE_RATE, log_mel
 from omnisift.mini import towers
@@ -29,7 +29,7 @@ from omnisift.mini.observe import observe
 from omnisift.mini.pictures import draw, plan_pictures
 from omnisift.mini.sounds import plan_sounds, render
 from omnisift.mini.student import Student, calibrate
-from omnisift.mini.train import Recipe, Trainer, run_stage
+from omnisift.mini.train import Recipe, Trainer, _kept_metrics, run_stage
 from omnisift.mini.world import NOISES, draw_scene
 from omnisift.prompts import PromptText
 from omnisift.training.loop import Schedule
@@ -115,18 +115,13 @@ def slot_losses(
     for row in range(len(embeds)):
         block, positions = embeds[row], clips.positions
         if retain is not None:
-            shares = shares_for(retain)
-            kept = compress(
-                block,
-                clips.ids,
-                positions,
+            [kept] = compress_batch(
+                [(block, clips.ids, positions)],
+                shares_for(retain),
+                backbone.layout,
                 selector=student.selector,
-                video_drop=shares.video,
-                audio_drop=shares.audio,
-                video_token_id=backbone.layout.video_token_id,
-                audio_token_id=backbone.layout.audio_token_id,
             )
-            block, positions = kept.embeds, kept.position_ids
+            block, positions = kept.embeds, positions[:, kept.kept_index]
         start = 0
         for slot, length in enumerate(SLOTS.lengths):
             ids, targets = (
@@ -245,10 +240,19 @@ def test_the_selector_alone_learns_and_the_llm_stays(
     assert all(name.startswith("selector.") for name in changed)
     # What a scene's losses are multiplied with are its own chunks: they follow one another.
     plan = Trainer(student, lessons, recipe, CPU)._plan(6, 152, 2, shares_for(0.25))
-    assert plan.audio is not None
-    first = plan.audio.audio[:, 0]
+    [audio] = plan.audio
+    first = audio.audio[:, 0]
     assert len(first) == 2 * 3
     assert (first.diff() > 0).all()
+
+
+@pytest.mark.parametrize("sounding", [0.0, 0.5, 1.0])
+def test_what_is_kept_of_a_batch_with_one_kind_of_sound_is_a_number(sounding: float) -> None:
+    kept = torch.tensor([[True, False, False, False], [True, True, True, False]])
+    loud = torch.arange(8).view(2, 4) < 8 * sounding
+    of_sounding, of_silent = _kept_metrics(kept, loud).values()
+    assert float(of_sounding) == (0.0, 0.25, 0.5)[int(2 * sounding)]
+    assert float(of_silent) == (0.5, 0.75, 0.0)[int(2 * sounding)]
 
 
 def test_lessons_repeat_and_do_not_share_scenes(lessons: Lessons) -> None:

@@ -1,36 +1,52 @@
+import pytest
 import torch
 
-from omnisift.audio_selection import AudioSelector
-from omnisift.training.exploring import Antithetic, Exploring
+from omnisift.training.exploring import Antithetic, exploring
 
 
-def test_exploring_centres_the_gradient_and_without_noise_is_the_selector() -> None:
+@pytest.mark.parametrize("width", [50, 62, 1100])
+def test_exploring_centres_the_gradient_of_what_is_there(width: int) -> None:
+    """Raising all scores of a chunk alike has no gradient, however wide the rows of its group."""
     torch.manual_seed(0)
-    selector = AudioSelector(16, 8, num_heads=2)
-    video, audio = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
-    valid = torch.ones(2, 5, dtype=torch.bool)
-    plain = selector(video, valid, audio)
-    torch.testing.assert_close(Exploring(selector, 0.0)(video, valid, audio), plain)
-    noisy = Exploring(selector, 0.3)(video, valid, audio)
-    assert not torch.equal(noisy, plain)
-    # Raising all scores of a chunk alike has no gradient: only their differences choose.
-    last = selector.score_head[2]
-    assert isinstance(last, torch.nn.Linear)
-    torch.nn.init.zeros_(last.weight)  # all scores equal, so their sum moves with the bias alone
-    Exploring(selector, 0.3)(video, valid, audio).sum().backward()
-    assert last.bias.grad is not None
-    assert last.bias.grad.abs().max() < 1e-6
+    counts = torch.tensor([50, 7, width])
+    score = torch.rand(3, width, requires_grad=True)
+    valid = torch.arange(width) < counts[:, None]
+    explore = exploring(0.3)
+    assert explore is not None
+    noisy = explore(score, valid)
+    assert not (noisy == score)[valid].any()
+    worth = torch.rand(3, width)
+    (noisy * valid * worth).sum().backward()
+    assert score.grad is not None
+    for row, count in enumerate(counts):
+        there = worth[row, :count]
+        expected = there - there.mean()
+        torch.testing.assert_close(score.grad[row, :count], expected, rtol=0, atol=1e-4)
+        assert not score.grad[row, count:].any()
 
 
-class Scores(torch.nn.Module):
-    """Scores that do not depend on what is seen and heard."""
+def test_exploring_without_noise_is_the_published_gradient() -> None:
+    assert exploring(0.0) is None
 
-    def __init__(self, scores: torch.Tensor) -> None:
-        super().__init__()
-        self.scores = torch.nn.Parameter(scores)
 
-    def forward(self, *_: torch.Tensor) -> torch.Tensor:
-        return self.scores
+def test_the_pull_of_a_video_is_that_of_all_its_chunks_in_every_group() -> None:
+    torch.manual_seed(0)
+    groups = [torch.randn(4, 3, requires_grad=True), torch.randn(2, 9, requires_grad=True)]
+    noise = Antithetic(0.5)
+    pushed = [noise.first(score, torch.ones(score.shape)) for score in groups]
+    turned = [noise.second(score, torch.ones(score.shape)) for score in groups]
+    noise.loss(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])).backward()
+    for score, up, down in zip(groups, pushed, turned, strict=True):
+        torch.testing.assert_close(up + down, 2 * score)
+        push = (up - down).detach() / 2
+        # Half the difference of a video's losses, the mean over both videos.
+        half = torch.tensor([1.0, -0.5]).repeat_interleave(len(score) // 2)
+        torch.testing.assert_close(score.grad, half[:, None] / 2 * push / 0.5**2)
+
+
+def test_nothing_is_learned_of_nothing() -> None:
+    with pytest.raises(RuntimeError, match="nothing was selected"):
+        Antithetic(0.5).loss(torch.zeros(1), torch.zeros(1))
 
 
 def missed(scores_CA: torch.Tensor, worth_CA: torch.Tensor, keep: int) -> torch.Tensor:
@@ -43,16 +59,19 @@ def test_the_gradient_of_two_selections_is_that_of_the_expected_loss() -> None:
     torch.manual_seed(0)
     chunks, tokens, keep, noise = 40_000, 5, 2, 0.5
     scores, worth = torch.randn(tokens) * 0.5, torch.tensor([1.0, 0.0, 0.0, 2.0, 0.3])
-    # Many chunks alike are many draws of one chunk.
-    selector = Scores(scores.repeat(chunks, 1))
-    both = Antithetic(selector, noise)  # type: ignore[arg-type]
-    nothing = torch.zeros(0)
+    # Many chunks alike are many draws of one chunk; a row is wider than its sound.
+    score = scores.repeat(chunks, 1)
+    padded = torch.nn.functional.pad(score, (0, 20)).requires_grad_()
+    valid = torch.arange(tokens + 20).expand(chunks, -1) < tokens
+    both = Antithetic(noise)
     losses = [
-        missed(both(nothing, nothing, nothing), worth.expand(chunks, -1), keep) for _ in range(2)
+        missed(explore(padded, valid)[:, :tokens], worth.expand(chunks, -1), keep)
+        for explore in (both.first, both.second)
     ]
     both.loss(losses[0], losses[1]).backward()
-    assert selector.scores.grad is not None
-    found = selector.scores.grad.sum(0)
+    assert padded.grad is not None
+    assert not padded.grad[:, tokens:].any()
+    found = padded.grad.sum(0)
 
     push = noise * torch.randn(400_000, tokens)
     for token in range(tokens):

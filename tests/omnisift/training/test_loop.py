@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from omnisift.training.curves import read_curves
-from omnisift.training.loop import Schedule, step_seed, train
+from omnisift.training.loop import Schedule, step_seed, train, train_by_gradients
 from omnisift.training.state import TrainingError, states
 from tests.omnisift.training.loop_worker import run
 
@@ -164,6 +164,34 @@ def test_a_state_that_does_not_fit_is_refused(
     spoil(tmp_path)
     with pytest.raises(TrainingError, match=message):
         _fit(tmp_path, nn.Parameter(torch.zeros(2)), schedule, seed, checkpoint_every=2)
+
+
+def test_each_worker_draws_noise_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[int, list[Tensor]] = {}
+    for rank in range(3):
+        monkeypatch.setattr("omnisift.training.loop.world", lambda rank=rank: (rank, 3))
+        weight = nn.Parameter(torch.zeros(1))
+
+        def gradients_of(_step: int, rank: int = rank, weight: nn.Parameter = weight) -> Any:
+            drawn.setdefault(rank, []).append(torch.randn(4))
+            weight.grad = torch.ones(1)
+            return {}
+
+        train_by_gradients(
+            gradients_of,
+            {"w": weight},
+            Schedule(steps=3, learning_rate=0.1),
+            folder=tmp_path / str(rank),
+            seed=5,
+            checkpoint_every=3,
+        )
+    for step in range(3):
+        torch.manual_seed(step_seed(5, step))
+        assert torch.equal(drawn[0][step], torch.randn(4))  # as a run of one worker
+    every = torch.cat([torch.stack(steps) for steps in drawn.values()])
+    assert len(every.unique()) == 3 * 3 * 4
 
 
 def test_seeds_of_steps_do_not_repeat() -> None:

@@ -12,11 +12,13 @@ from omnisift.answer import Answerer
 from omnisift.audio_selection import AudioSelector
 from omnisift.checkpoint import build_selector, load_backbone, load_tokenizer, read_selector
 from omnisift.compress import drop_shares
+from omnisift.compression_plan import DropShares
 from omnisift.compressor import Clip, TooLongError, VideoCompressor
 from omnisift.layout import Modality
+from omnisift.methods import TRAINED_METHODS
 from omnisift.mini.tiny import write_tiny_model
 from omnisift.training.pruned_loss import Example, PrunedLoss
-from tests.omnisift.slow_compress import slow_compress
+from tests.omnisift.slow_compress import slow_chunks, slow_compress
 
 SYSTEM = "You see and hear."
 
@@ -68,7 +70,7 @@ def test_the_prompt_is_the_one_that_is_answered(folder: Path, examples: list[Exa
     for example in examples:
         laid = loss.lay(example)
         with torch.no_grad():
-            [(embeds, positions)] = loss._prune([laid], loss._embed_all([laid]), loss.selector)
+            [(embeds, positions)] = loss._prune([laid], loss._embed_all([laid]))
         [kept] = compressor([example.clip])
         prompt = answerer.ask(answerer.open(kept), example.prompt)
         length = len(embeds) - laid.num_answer
@@ -225,12 +227,21 @@ def test_two_selections_pull_the_selector_by_the_difference_of_their_losses(
     assert {name for name in loss.trained() if "compressor" in name} == found.keys()
 
     heard = [one for one, example in zip(laid, examples, strict=True) if len(example.clip.audio)]
-    assert len(heard) == len(scores) == 2
+    assert 2 * len(heard) == len(scores) == 4  # the second selection only repeats them
     plain = _loss(folder)
     along, first = [], float(plain([laid[1]]).loss.detach())  # the one without sound
     torch.manual_seed(5)
-    for one, score in zip(heard, scores, strict=True):
-        push = 0.3 * torch.randn_like(score)
+    for one, score in zip(heard, scores[:2], strict=True):
+        chunks = slow_chunks(
+            one.block.ids.tolist(),
+            one.block.positions[0].tolist(),
+            video_token_id=plain.backbone.layout.video_token_id,
+            audio_token_id=plain.backbone.layout.audio_token_id,
+        )
+        sound = [[i < len(chunk.audio) for i in range(score.shape[1])] for chunk in chunks]
+        assert score.shape[0] == len(chunks)
+        # Padding is no sound: it is neither pushed nor does its score learn.
+        push = 0.3 * torch.randn_like(score) * torch.tensor(sound)
         losses = []
         for pushed in (score + push, score - push):
             plain.selector = cast("AudioSelector", _Told(pushed.detach()))
@@ -302,6 +313,25 @@ def test_what_does_not_fit_is_said_before_the_towers_run(
     loss.backbone.max_positions = end
     with pytest.raises(TooLongError, match=f"end at position {end}, the model was made for {end}"):
         loss.lay(examples[0])
+
+
+@pytest.mark.parametrize("method", TRAINED_METHODS)
+def test_an_example_is_measured_by_what_its_method_keeps(
+    folder: Path, examples: list[Example], method: str
+) -> None:
+    """Also where nothing seen is left: some methods then keep all sound, others do not."""
+    loss = _loss(folder, method=method)
+    for loss.shares in (drop_shares(0.25), DropShares(video=1.0, audio=0.5)):
+        for example in examples:
+            loss.max_tokens = 32_768
+            laid = loss.lay(example)
+            with torch.no_grad():
+                exact = loss([laid]).num_tokens
+            loss.max_tokens = exact
+            loss.lay(example)
+            loss.max_tokens = exact - 1
+            with pytest.raises(TooLongError, match=f"are {exact} tokens after pruning"):
+                loss.lay(example)
 
 
 def test_a_method_without_training_is_refused(folder: Path) -> None:
