@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from omnisift.backbone import Backbone
+from omnisift.backbone import Backbone, language_model
 from omnisift.measure.table import Sizes, line, relative_error
 from omnisift.measure.timing import alternately
 from omnisift.shared_contexts import Branch, SharedContexts
@@ -96,23 +96,21 @@ def measure_questions(llms: Llms, sizes: Sizes) -> Iterator[str]:
         return torch.stack(chosen, dim=1)
 
     def stock(number: int) -> Tensor:
-        """Return the same, one question after the other from the beginning."""
+        """Return the same of transformers' layers, each question from the video's beginning."""
+        llm, embed = language_model(llms.stock), llms.stock.get_input_embeddings()
         answers = []
         for question in questions[:number]:
             embeds, places = torch.cat([context, question])[None], positions[:, None].to(device)
             past: Any = None
             chosen: list[Tensor] = []
             while len(chosen) < sizes.answer_tokens:
-                output = llms.stock(
-                    inputs_embeds=embeds,
-                    position_ids=places,
-                    past_key_values=past,
-                    use_cache=True,
-                    logits_to_keep=1,
+                output = llm(
+                    inputs_embeds=embeds, position_ids=places, past_key_values=past, use_cache=True
                 )
                 past, places = output.past_key_values, places[:, :, -1:] + 1
-                chosen.append(output.logits[:, -1].argmax(-1))
-                embeds = llms.stock.get_input_embeddings()(chosen[-1])[:, None]
+                last = llms.stock.lm_head(output.last_hidden_state[:, -1])
+                chosen.append(last.argmax(-1))
+                embeds = embed(chosen[-1])[:, None]
             answers.append(torch.cat(chosen))
         return torch.stack(answers)
 
