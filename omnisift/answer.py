@@ -25,7 +25,8 @@ from omnisift.shared_contexts import Branch, SharedContexts
 
 T = TypeVar("T")
 
-_SIDE_BY_SIDE = 32  # questions or options of a video; the mask has a column a token of each
+_SIDE_BY_SIDE = 32  # questions or options of a video
+_BRANCH_TOKENS = 2048  # of them together: the mask grows with their square
 _STEPS_BETWEEN_LOOKS = 8
 
 
@@ -133,8 +134,15 @@ class Answerer:
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Answer a batch; the answer to each is what it would be alone.
 
-        A context is read once, whatever the number of its questions and their choices.
+        A context is read once, whatever the number of its questions and their choices. Side by
+        side are contexts that are asked about as much, since all are computed as the largest.
         """
+        answers: dict[int, Answer] = {}
+        for places in _alike(prompts):
+            answers |= zip(places, self._ask([prompts[i] for i in places]), strict=True)
+        return [answers[i] for i in range(len(prompts))]
+
+    def _ask(self, prompts: Sequence[Prompt]) -> list[Answer]:
         contexts = list({id(prompt.context): prompt.context for prompt in prompts}.values())
         shared = SharedContexts(self.backbone, [(c.embeds, c.positions) for c in contexts])
         row_of = {id(context): row for row, context in enumerate(contexts)}
@@ -144,18 +152,22 @@ class Answerer:
         ]
         free = [i for i, prompt in enumerate(prompts) if not prompt.choices]
         answers: dict[int, Answer] = {}
-        for asked in _rounds(free, [branches[i].context for i in free]):
+        lengths = [len(branches[i].embeds) for i in free]
+        for asked in _rounds(free, [branches[i].context for i in free], lengths):
             outputs = self._generate(
                 shared, [branches[i] for i in asked], [prompts[i].seed for i in asked]
             )
             for i, ids in zip(asked, outputs, strict=True):
                 answers[i] = self._answer(len(prompts[i]), ids)
-        options = [(i, choice) for i, prompt in enumerate(prompts) for choice in prompt.choices]
+        options = [
+            (i, self.text.choice(choice))
+            for i, prompt in enumerate(prompts)
+            for choice in prompt.choices
+        ]
+        lengths = [len(branches[i].embeds) + len(ids) for i, ids in options]
         scores: dict[int, list[float]] = {}
-        for weighed in _rounds(options, [branches[i].context for i, _ in options]):
-            likely = self._weigh(
-                shared, [(branches[i], self.text.choice(choice)) for i, choice in weighed]
-            )
+        for weighed in _rounds(options, [branches[i].context for i, _ in options], lengths):
+            likely = self._weigh(shared, [(branches[i], ids) for i, ids in weighed])
             for (i, _), score in zip(weighed, likely, strict=True):
                 scores.setdefault(i, []).append(score)
         for i, of_prompt in scores.items():
@@ -227,12 +239,41 @@ class Answerer:
         return Answer(text, num_prompt_tokens, length, "stop" if ended else "length")
 
 
-def _rounds(items: Sequence[T], context_of: Sequence[int]) -> Iterator[list[T]]:
+def _alike(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """Yield the places of prompts by contexts that are asked about as much.
+
+    The most branches of one times the longest question of any is at most twice what each has.
+    """
+    of_context: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        of_context.setdefault(id(prompt.context), []).append(place)
+    sized = [
+        (
+            min(_SIDE_BY_SIDE, sum(max(1, len(prompts[i].choices)) for i in places)),
+            max(len(prompts[i].question) for i in places),
+            places,
+        )
+        for places in of_context.values()
+    ]
+    group: list[tuple[int, int, list[int]]] = []
+    for each in sorted(sized, key=lambda size: size[0] * size[1]):
+        joint = [*group, each]
+        most, longest = max(size[0] for size in joint), max(size[1] for size in joint)
+        if most * longest > 2 * joint[0][0] * joint[0][1]:
+            yield [i for size in group for i in size[2]]
+            joint = [each]
+        group = joint
+    if group:
+        yield [i for size in group for i in size[2]]
+
+
+def _rounds(items: Sequence[T], context_of: Sequence[int], lengths: list[int]) -> Iterator[list[T]]:
     """Yield all items, as many of each context at a time as are read side by side."""
     rounds: dict[int, list[T]] = {}
     taken: Counter[int] = Counter()
+    at_once = max(1, min(_SIDE_BY_SIDE, _BRANCH_TOKENS // max(lengths, default=1)))
     for item, context in zip(items, context_of, strict=True):
-        rounds.setdefault(taken[context] // _SIDE_BY_SIDE, []).append(item)
+        rounds.setdefault(taken[context] // at_once, []).append(item)
         taken[context] += 1
     yield from rounds.values()
 

@@ -54,15 +54,29 @@ def resolve(model: str, revision: str = "main", *, weights: bool = True) -> Path
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"model={model}: the folder has no config.json")
         return folder
-    if weights:
-        return _download(model, revision, ["*.safetensors", *_SMALL_FILES])
     folder = _download(model, revision, _SMALL_FILES)
+    places = _weight_map(folder)
+    wanted = {file for name, file in places.items() if weights or name.startswith(SELECTOR_PREFIX)}
+    if not places:  # any file may hold any tensor
+        wanted = {"*.safetensors"}
+    if wanted:
+        _download(model, commit_of(folder) or revision, sorted(wanted))
+    for file in sorted(wanted):
+        if not any(folder.glob(file)):  # a cache that was filled in part, without a network
+            raise CheckpointError(f"model={model}: {folder} lacks {file}; download it again")
+    return folder
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor, as the checkpoint's index says; empty: it has none."""
     index = folder / "model.safetensors.index.json"
-    shards = ["*.safetensors"]  # without an index any file may hold it
-    if index.is_file():
+    if not index.is_file():
+        return {}
+    try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        shards = sorted({file for name, file in places.items() if name.startswith(SELECTOR_PREFIX)})
-    return _download(model, commit_of(folder) or revision, shards) if shards else folder
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{index}: not an index of tensors: {error!r}") from error
+    return places
 
 
 def _download(model: str, revision: str, patterns: list[str]) -> Path:
@@ -79,7 +93,12 @@ def _download(model: str, revision: str, patterns: list[str]) -> Path:
 def commit_of(folder: Path) -> str | None:
     """Return the commit of a checkpoint that `resolve` downloaded; None for any other folder."""
     # Of its cache's layout: <cache>/models--<owner>--<name>/snapshots/<commit>
-    return folder.name if folder.parent.name == "snapshots" else None
+    downloaded = (
+        re.fullmatch("[0-9a-f]{40}", folder.name)
+        and folder.parent.name == "snapshots"
+        and folder.parents[1].name.startswith("models--")
+    )
+    return folder.name if downloaded else None
 
 
 def identity(folder: Path) -> str:

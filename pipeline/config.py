@@ -509,7 +509,9 @@ class CompactConfig:
     cache: str = _key("", "prefix of the token cache; empty: <output>/cache")
     target_bytes: int = _key(256 << 20, "size of a merged file; files below a quarter are merged")
     grace_s: float = _key(86_400.0, "seconds a replaced file stays, for who began to read before")
-    drop_unreadable: bool = _key(False, "give up answers files that cannot be read, and ask again")
+    drop_unreadable: bool = _key(
+        False, "give up answers and videos files that cannot be read, and ask again"
+    )
     storage: StorageConfig = _key(StorageConfig(), "")
     lease: LeaseConfig = _key(LeaseConfig(), "")
 

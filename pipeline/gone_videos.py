@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pipeline import key_index, keys, rows, token_cache
 from pipeline.answer_index import SEEN_VIDEOS
 from pipeline.answers import find_files
-from pipeline.parquet import UNREADABLE, read_columns, read_each
+from pipeline.parquet import UNREADABLE, read_columns, read_each, require_lost
 from pipeline.readers_view import DELETED, objects
 from pipeline.spilled_rows import SpilledRows
 from pipeline.storage import Storage, StorageError, join
@@ -145,6 +145,7 @@ def _read_videos(storage: Storage, output: str) -> Iterator[tuple[str, pa.Table 
         try:
             return rows.completed(read_columns(storage, uri, names), names, schema).cast(schema)
         except (*UNREADABLE, StorageError) as error:
+            require_lost(error)
             log.warning("videos file %s cannot be read, it is left out: %s", uri, error)
             return None
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline import keys, rows
 from pipeline.answers import find_files
-from pipeline.parquet import UNREADABLE, read_columns, read_each
+from pipeline.parquet import UNREADABLE, read_columns, read_each, require_lost
 from pipeline.storage import S3, ObjectInfo, Storage, StorageError
 from pipeline.token_cache import CacheIndex
 
@@ -63,6 +63,7 @@ def _listed(storage: Storage, output: str, video_keys: Sequence[str]) -> dict[st
         try:
             table = rows.completed(read_columns(storage, uri, _COLUMNS), _COLUMNS, rows.VIDEOS)
         except (*UNREADABLE, StorageError) as error:
+            require_lost(error)
             log.warning("videos file %s cannot be read, its keys are not found: %s", uri, error)
             return []
         # The key of a row is its window's, where the video was cut.
@@ -91,6 +92,7 @@ def _cached(storage: Storage, cached: CacheIndex, video_keys: Sequence[str]) -> 
         try:
             uris = read_columns(storage, file, ["uri"]).column("uri")
         except (*UNREADABLE, StorageError) as error:  # a key file may speak for it all the same
+            require_lost(error)
             log.warning("cache file %s cannot be read, its keys are not found: %s", file, error)
             continue
         known |= {key: _Known(uris[row].as_py(), None, "", key) for _, row, key in group}

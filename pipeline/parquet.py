@@ -12,7 +12,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
 
 _T = TypeVar("_T")
 
@@ -33,6 +33,15 @@ UNREADABLE = (
     pa.ArrowSerializationError,
     pa.ArrowTypeError,
 )
+
+
+def require_lost(error: Exception) -> None:
+    """Raise an error that says nothing of the file: the store is away, or refuses.
+
+    What is left is damage (UNREADABLE), or a file that is not there any more.
+    """
+    if isinstance(error, StorageError) and error.error_type != "not_found":
+        raise error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset
 
-from omnisift.checkpoint import CheckpointError, SelectorWeights, read_selector, resolve
+from omnisift.checkpoint import CheckpointError, SelectorWeights, commit_of, read_selector, resolve
 from omnisift.methods import METHODS
 from pipeline import token_cache
 from pipeline.answer_index import AnswerIndex
@@ -82,12 +82,12 @@ def _run(
         selector = read_selector(folder, config.compression.selector)
         warnings = _warn_of_selector(config, selector)
         start_ray()
+        pools = size_pools(config.pools, answers=answers)
         if len(nodes_up()) == 1:
             # The actors' machine is this one: fetched before they start, and once.
-            resolve(config.model, config.revision)
+            resolve(config.model, commit_of(folder) or config.revision)
     except CheckpointError as error:
         raise StartupError(str(error)) from error
-    pools = size_pools(config.pools, answers=answers)
     run = make_settings(
         config,
         folder,

@@ -61,8 +61,9 @@ def cache_ingredients(
     """Return everything that changes kept tokens, by readable names."""
     return {
         "model": config.model,
-        "revision": config.revision,
         "checkpoint": identity(folder),
+        # a download's is its commit, and that is its identity
+        **({} if commit_of(folder) else {"revision": config.revision}),
         "selector": selector.sha256,
         "selector_seed": -1 if selector.trained else config.seed,
         "method": config.compression.method,

@@ -3,7 +3,7 @@
 import logging
 import math
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from omnisift.checkpoint import (
     SELECTOR_PREFIX,
     CheckpointError,
     build_selector,
+    commit_of,
     load_backbone,
     load_tokenizer,
     read_selector,
@@ -46,7 +47,9 @@ def train_omnisift(config: TrainConfig) -> Path:
     found = read_lines(Storage(config.storage), config.data)
     Tally(config.data, found, config.max_skipped_share, config.workers)
     try:
-        resolve(config.model, config.revision)
+        source = resolve(config.model, config.revision)
+        # Workers on other machines, and a run that goes on, take the commit that is seen here.
+        config = replace(config, revision=commit_of(source) or config.revision)
         if config.workers == 1:
             _train_alone(config)
         else:

@@ -98,7 +98,6 @@ class PrunedLoss(nn.Module):
                 "methods have nothing to train"
             )
         model = backbone.model.requires_grad_(False)
-        # transformers 5.17 has the LLM at .model, 5.23 at .model.language_model
         self.language_model = language_model(model)
         self.lm_head: Any = model.lm_head
         self.selector = selector.to(backbone.device)

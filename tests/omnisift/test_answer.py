@@ -147,6 +147,29 @@ def test_more_questions_than_are_read_side_by_side(
     assert {tokens for _, tokens in seen if tokens < 5} == {1, 2}
 
 
+def test_a_long_question_does_not_widen_the_others(
+    answerer: Answerer, kept: list[KeptTokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the mask, which has a row and a column a token of all branches side by side."""
+    contexts = [answerer.open(tokens) for tokens in kept]
+    asked = [(0, "How?" * 60), *((0, f"Frage {i}") for i in range(9)), (1, "Was?"), (2, "Wo?")]
+    prompts = [
+        answerer.ask(contexts[which], question, choices=choices)
+        for which, question in asked
+        for choices in ((), ("yes", "no"))
+    ]
+    expected = answerer(prompts)
+    longest = max(len(prompt.question) for prompt in prompts)
+    monkeypatch.setattr("omnisift.answer._BRANCH_TOKENS", 2 * longest)
+    seen = _watch_forward(answerer, monkeypatch)
+    assert answerer(prompts) == expected
+    lengths = {len(context.embeds) for context in contexts}
+    behind = [(rows, tokens) for rows, tokens in seen if tokens not in lengths]
+    assert max(tokens for _, tokens in behind) <= 2 * longest + 8  # and two options' own tokens
+    # Who is asked little is not computed as wide as who is asked much.
+    assert all(rows == 1 for rows, tokens in behind if tokens > longest)
+
+
 def test_prefilling_unequal_contexts_computes_no_padding(
     answerer: Answerer, kept: list[KeptTokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:

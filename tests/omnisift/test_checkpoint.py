@@ -22,6 +22,8 @@ from omnisift.checkpoint import (
 )
 from omnisift.mini.tiny import write_tiny_model
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -181,7 +183,7 @@ def test_a_driver_downloads_the_selector_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str | None
 ) -> None:
     """Of a hub where the selector is in one shard of two, in none, or in the only file."""
-    hub, here = tmp_path / "hub", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    hub, here = tmp_path / "hub", tmp_path / "models--a--b" / "snapshots" / COMMIT
     write_tiny_model(hub, selector=shard is not None)
     if shard != "model.safetensors":
         weights = load_file(hub / "model.safetensors")
@@ -198,7 +200,7 @@ def test_a_driver_downloads_the_selector_alone(
         )
 
     def fetch(model: str, *, revision: str, allow_patterns: list[str]) -> str:
-        assert (model, revision) in {("a/b", "main"), ("a/b", "c0ffee")}
+        assert (model, revision) in {("a/b", "main"), ("a/b", COMMIT)}
         here.mkdir(parents=True, exist_ok=True)
         for pattern in allow_patterns:
             for file in hub.glob(pattern):
@@ -212,22 +214,29 @@ def test_a_driver_downloads_the_selector_alone(
     assert read_selector(folder).sha256 == read_selector(hub).sha256
     assert read_selector(folder).trained == (shard is not None)
     load_tokenizer(folder)
+    if shard == "model-2.safetensors":  # what is there of a download that nobody can complete
+        (hub / shard).rename(tmp_path / shard)
+        (here / shard).unlink()
+        for everything in (False, True):
+            with pytest.raises(CheckpointError, match=rf"model=a/b: .* lacks {shard}"):
+                resolve("a/b", weights=everything)
+        (tmp_path / shard).rename(hub / shard)
     assert load_backbone(resolve("a/b")).width == load_backbone(hub).width
 
 
 def test_a_download_is_known_by_its_commit(folder: Path, tmp_path: Path) -> None:
     """Two machines that downloaded the same commit at different times have the same model."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
     downloads = [
-        shutil.copytree(folder, tmp_path / place / "models--a--b" / "snapshots" / commit)
+        shutil.copytree(folder, tmp_path / place / "models--a--b" / "snapshots" / COMMIT)
         for place in ("today", "tomorrow")
     ]
     for number, download in enumerate(downloads):
         for file in download.iterdir():
             os.utime(file, (1_000_000 + number, 1_000_000 + number))
-    assert [identity(download) for download in downloads] == [commit, commit]
-    assert commit_of(downloads[0]) == commit
-    assert commit_of(folder) is None
+    assert [identity(download) for download in downloads] == [COMMIT, COMMIT]
+    assert commit_of(downloads[0]) == COMMIT
+    for own in (folder, Path("runs/snapshots/latest"), Path("runs/snapshots") / COMMIT):
+        assert commit_of(own) is None
 
 
 def test_identity_changes_with_the_files(folder: Path) -> None:

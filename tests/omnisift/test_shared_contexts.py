@@ -1,5 +1,6 @@
 """Branches behind shared contexts against the stock model on each whole sequence."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -26,13 +27,13 @@ def _tokens(backbone: Backbone, length: int, start: int) -> tuple[Tensor, Tensor
 
 
 def _whole(
-    backbone: Backbone, context: tuple[Tensor, Tensor], pieces: list[tuple[Tensor, Tensor]]
+    stock: Any, context: tuple[Tensor, Tensor], pieces: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """Return the stock model's states [L, D]: one sequence, no cache, no mask, no neighbours."""
+    """Return the states [L, D] of a model that we never touched: one sequence, no cache, eager."""
     embeds = torch.cat([context[0], *(piece[0] for piece in pieces)])
     positions = torch.cat([context[1], *(piece[1] for piece in pieces)], dim=1)
     with torch.no_grad():
-        hidden: Tensor = language_model(backbone.model)(
+        hidden: Tensor = language_model(stock)(
             inputs_embeds=embeds[None], position_ids=positions[:, None]
         ).last_hidden_state[0]
     return hidden
@@ -40,6 +41,8 @@ def _whole(
 
 def test_a_branch_is_read_as_if_it_were_alone(backbone: Backbone) -> None:
     torch.manual_seed(0)
+    stock = copy.deepcopy(backbone.model)
+    stock.set_attn_implementation("eager")
     contexts = [_tokens(backbone, length, 0) for length in (11, 5, 11, 8)]
     shared = SharedContexts(backbone, contexts)
     # Twice, for what was read before is forgotten; the third context has no branch at first.
@@ -50,7 +53,7 @@ def test_a_branch_is_read_as_if_it_were_alone(backbone: Backbone) -> None:
         longer = [[branch[1:]] for branch in branches]
         for step in range(3):
             for branch, pieces, states in zip(branches, longer, hidden, strict=True):
-                right = _whole(backbone, contexts[branch.context], pieces)
+                right = _whole(stock, contexts[branch.context], pieces)
                 count = len(pieces[0][0]) if step == 0 else 1
                 torch.testing.assert_close(states[-count:], right[-count:], rtol=0, atol=2e-5)
             more = torch.randn(len(rows), backbone.width)
