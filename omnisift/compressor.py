@@ -154,12 +154,13 @@ class VideoCompressor:
     @cached_property
     def budget(self) -> MemoryBudget:
         """Return which clips fit together."""
+        compiled = self.backbone.device.type == "cuda" and self.method in ("omnisift", "none")
         return MemoryBudget(
             limit_bytes=self._memory_limit_bytes,
             bytes_per_patch=self.backbone.packed_vision.bytes_per_patch,
             bytes_per_token=self.backbone.width * self.backbone.dtype.itemsize,
             # placed, laid end to end, and what the method works with: compiled or in float32
-            copies=3 if self.method in ("omnisift", "none") else 6,
+            copies=3 if compiled else 6,
             kept=most_kept(self.method, self.shares),
         )
 

@@ -229,19 +229,38 @@ def bury_tokens(storage: Storage, output: str, cache_root: str, gone: Gone) -> N
     """Take the tokens of removed videos, of all versions and settings, out of the indexes.
 
     Killed before its end it is done by the next run, which still finds them in the videos files.
+    Where one of these cannot be read, every file of the caches is asked for its uris instead.
     """
     if not gone.removed:
         return
     wanted = pa.array(gone.removed, pa.string())
-    video_keys: set[str] = set()
-    for _, table in _read_videos(storage, output):
-        if table is not None:
-            found = table.filter(pc.is_in(table.column("uri"), wanted))
-            video_keys.update(found.column("video_key").to_pylist())
-    asked = sorted(video_keys)
+    of_files = [table for _, table in _read_videos(storage, output)]
+    known = {key for table in of_files if table is not None for key in _keys_of(table, wanted)}
     for folder in token_cache.find_folders(storage, cache_root):
         index = CacheIndex(storage, folder)
+        asked = sorted(known)
+        if any(table is None for table in of_files):
+            asked = sorted(known | _cached_keys(storage, index, wanted))
         places = zip(asked, index.locate(asked), strict=True)
         found_here = [(key, place) for key, place in places if place is not None]
         if found_here:
             token_cache.bury_all(storage, folder, found_here, reason="their objects are gone")
+
+
+def _keys_of(table: pa.Table, uris: pa.Array) -> list[str]:
+    found = table.filter(pc.is_in(table.column("uri"), uris))
+    video_keys: list[str] = found.column("video_key").to_pylist()
+    return video_keys
+
+
+def _cached_keys(storage: Storage, index: CacheIndex, uris: pa.Array) -> set[str]:
+    video_keys: set[str] = set()
+    for file, _, live in index.rows_of_files():
+        try:
+            table = read_columns(storage, file, ["uri", "video_key"]) if len(live) else None
+        except (*UNREADABLE, StorageError) as error:
+            require_lost(error)
+            continue  # its tokens are lost with it
+        if table is not None:
+            video_keys.update(_keys_of(table, uris))
+    return video_keys

@@ -1,6 +1,7 @@
 """Objects that are deleted at the source: reported, removed on demand, and never by mistake."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.compact_cache import compact_cache
 from pipeline.config import AnswerConfig, ListingConfig, SyncConfig
 from pipeline.errors import StartupError
 from pipeline.gone_videos import RollCall
+from pipeline.known_videos import find_videos
 from pipeline.parquet import read_columns
 from pipeline.report import Report, render
 from pipeline.storage import Storage, StorageError, join
@@ -94,12 +96,30 @@ def test_a_videos_file_that_is_lost_or_damaged_is_said_and_costs_no_run(
     report = _run(corpus)  # readers see what was answered about it, so it is known
     assert (corpus.unreadable, report.gone, report.removed) == ([videos], 1, 1)
     assert corpus.seen() == [A, BROKEN]
+    assert _num_tokens(corpus) == 1  # though no videos file names its own
     assert _run(corpus).gone == 0
     assert corpus.unreadable == [videos]
     options: dict[str, Any] = {"target_bytes": 1 << 30, "grace_s": 0.0, "now": datetime.now(UTC)}
     compact_answers(STORAGE, corpus.config.output, drop_unreadable=True, **options)
     _run(corpus)
     assert corpus.unreadable == []
+
+
+@pytest.mark.parametrize("error_type", ["forbidden", "storage_error"])
+def test_a_store_that_refuses_has_lost_nothing(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, error_type: str
+) -> None:
+    _run(corpus)
+
+    def refuse(_storage: Storage, uri: str, _columns: Sequence[str] | None = None) -> Any:
+        raise StorageError(error_type, f"{uri}: not now")
+
+    monkeypatch.setattr("pipeline.gone_videos.read_columns", refuse)
+    monkeypatch.setattr("pipeline.known_videos.read_columns", refuse)
+    with pytest.raises(StorageError, match="not now"):
+        _run(corpus)
+    with pytest.raises(StorageError, match="not now"):
+        find_videos(STORAGE, corpus.config.output, CacheIndex(STORAGE, "none"), ["0" * 64])
 
 
 def test_an_object_that_comes_back_is_answered_again(corpus: Corpus) -> None:
