@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline import key_index, rows
 from pipeline.answers import find_files, is_answers
-from pipeline.parquet import UNREADABLE, count_rows, read_columns, read_each
+from pipeline.parquet import UNREADABLE, count_rows, read_columns, read_each, require_lost
 from pipeline.readers_view import current_of_uris, objects, seen_of_objects
 from pipeline.retry import counts, is_given_up
 from pipeline.spilled_rows import SpilledRows
@@ -211,6 +211,7 @@ def _is_readable(storage: Storage, uri: str) -> bool:
     try:
         count_rows(storage, uri)
     except (*UNREADABLE, StorageError) as error:
+        require_lost(error)
         log.warning("videos file %s cannot be read, it is left out: %s", uri, error)
         return False
     return True
@@ -222,6 +223,7 @@ def _read_seen(storage: Storage, uri: str, *, fingerprint: str) -> pa.Table | No
     try:
         table = rows.completed(read_columns(storage, uri, columns), columns, rows.ANSWERS)
     except (*UNREADABLE, StorageError) as error:
+        require_lost(error)
         log.warning("answers file %s cannot be read, it is left out: %s", uri, error)
         return None
     asked = table.select(["video_key", "prompt_id", "prompt", "choices"])

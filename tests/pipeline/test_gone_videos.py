@@ -114,10 +114,13 @@ def test_a_store_that_refuses_has_lost_nothing(
     def refuse(_storage: Storage, uri: str, _columns: Sequence[str] | None = None) -> Any:
         raise StorageError(error_type, f"{uri}: not now")
 
-    monkeypatch.setattr("pipeline.gone_videos.read_columns", refuse)
+    for module in ("answer_index", "gone_videos", "known_videos"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pipeline.{module}.read_columns", refuse)
+            if module != "known_videos":
+                with pytest.raises(StorageError, match="not now"):
+                    _run(corpus)
     monkeypatch.setattr("pipeline.known_videos.read_columns", refuse)
-    with pytest.raises(StorageError, match="not now"):
-        _run(corpus)
     with pytest.raises(StorageError, match="not now"):
         find_videos(STORAGE, corpus.config.output, CacheIndex(STORAGE, "none"), ["0" * 64])
 
