@@ -234,13 +234,16 @@ def bury_tokens(storage: Storage, output: str, cache_root: str, gone: Gone) -> N
     if not gone.removed:
         return
     wanted = pa.array(gone.removed, pa.string())
-    of_files = [table for _, table in _read_videos(storage, output)]
-    known = {key for table in of_files if table is not None for key in _keys_of(table, wanted)}
+    known: set[str] = set()
+    lost = False
+    for _, table in _read_videos(storage, output):  # one at a time: all would be the corpus
+        if table is None:
+            lost = True
+        else:
+            known.update(_keys_of(table, wanted))
     for folder in token_cache.find_folders(storage, cache_root):
         index = CacheIndex(storage, folder)
-        asked = sorted(known)
-        if any(table is None for table in of_files):
-            asked = sorted(known | _cached_keys(storage, index, wanted))
+        asked = sorted(known | _cached_keys(storage, index, wanted) if lost else known)
         places = zip(asked, index.locate(asked), strict=True)
         found_here = [(key, place) for key, place in places if place is not None]
         if found_here:
