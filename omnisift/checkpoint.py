@@ -144,7 +144,7 @@ def thinker_config(folder: Path) -> Any:
             f"{folder / 'config.json'}: expected model_type qwen2_5_omni, got {config.model_type}"
         )
     llm: Any = config.text_config
-    if set(llm.layer_types) != {"full_attention"}:
+    if set(llm.layer_types) - {"full_attention"}:
         raise CheckpointError(
             f"{folder / 'config.json'}: an LLM that sees a sliding window alone is not supported; "
             "Qwen2.5-Omni's has use_sliding_window false"

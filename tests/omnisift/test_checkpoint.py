@@ -20,7 +20,8 @@ from omnisift.checkpoint import (
     read_selector,
     resolve,
 )
-from omnisift.mini.tiny import write_tiny_model
+from omnisift.measure.random_model import write_random_checkpoint
+from omnisift.mini.tiny import tiny_config, write_tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -170,6 +171,14 @@ def test_a_sliding_window_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config\.json: an LLM that sees a sliding window"):
         load_backbone(folder)
+
+
+def test_towers_load_where_a_benchmark_left_the_llm_out(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "towers", tiny_config())
+    [tokens] = load_backbone(folder, part="towers").encode_video(
+        [torch.zeros(2, 56, 56, 3, dtype=torch.uint8)]
+    )
+    assert tokens.isfinite().all()
 
 
 def test_neither_folder_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
