@@ -27,6 +27,7 @@ from omnisift.codec import Codec
 from omnisift.compressor import VideoCompressor
 from omnisift.media import SAMPLE_RATE
 from omnisift.methods import METHODS
+from omnisift.mini.encode_once import Encoded, EncodeOnce
 from omnisift.mini.evaluate import (
     CARRIED,
     Held,
@@ -140,9 +141,9 @@ def hold_out(work: Work, numbers: Sequence[int], compressor: VideoCompressor) ->
         yield Held(str(number), clip, draw_questions(scene, 0, work.questions), carries)
 
 
-def _load(folder: Path, device: str) -> Backbone:
+def _load(folder: Path, device: str, encoded: Encoded) -> Backbone:
     # In float32 on a GPU too, so that the figures are those of a CPU.
-    return Backbone(load_backbone(folder, device=device).model.float())
+    return EncodeOnce(load_backbone(folder, device=device).model.float(), encoded)
 
 
 def find_out(work: Work, worker: int, numbers: Sequence[int]) -> Found:
@@ -154,9 +155,10 @@ def find_out(work: Work, worker: int, numbers: Sequence[int]) -> Found:
         device = f"cuda:{worker % torch.cuda.device_count()}"
     folders = dict.fromkeys(folder for arm in work.arms for folder in arm.folders)
     held: list[Held] = []
+    encoded = Encoded()
     found = Found(len(numbers), {}, {})
     for folder in folders:
-        backbone = _load(folder, device)
+        backbone = _load(folder, device, encoded)
         answerer = Answerer(
             backbone,
             load_tokenizer(folder),

@@ -9,6 +9,7 @@ import torch
 from jobs import evaluate
 from omnisift.checkpoint import build_selector, read_selector
 from omnisift.compressor import VideoCompressor
+from omnisift.mini.encode_once import Encoded
 from omnisift.mini.evaluate import blind_answers, score
 from omnisift.mini.layouts import shares_for
 from omnisift.mini.questions import Question, draw_questions
@@ -50,7 +51,7 @@ def test_the_table_keeps_what_it_says_and_compression_costs_something(
 
 
 def test_sound_is_cut_to_the_scene_where_a_file_has_more() -> None:
-    backbone = evaluate._load(FOLDER, "cpu")
+    backbone = evaluate._load(FOLDER, "cpu", Encoded())
     selector = build_selector(read_selector(FOLDER), backbone.width)
     compressor = VideoCompressor(backbone, selector, shares_for(1.0))
     number = next(n for n in range(100) if draw_scene(HELD_OUT_SEED, n).duration_s == 10)
