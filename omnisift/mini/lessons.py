@@ -23,8 +23,9 @@ from omnisift.mini.world import Scene, draw_scene
 from omnisift.prompts import PromptText
 
 IGNORED = -100
-# Lengths a batch may have, and how often: long clips cost memory for little more to learn.
-_LENGTHS = {6: 0.25, 8: 0.3, 10: 0.2, 12: 0.15, 16: 0.06, 20: 0.04}
+# Lengths a batch may have, and how often. The world has all of them alike, but a batch has as
+# many seconds of video whatever their length, and so fewer scenes to learn from of long ones.
+_LENGTHS = {6: 0.2, 8: 0.2, 10: 0.2, 12: 0.2, 16: 0.1, 20: 0.1}
 
 
 class Lesson(NamedTuple):
