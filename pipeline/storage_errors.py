@@ -97,7 +97,8 @@ def forbidden(uri: str, why: str) -> StorageError:
             )
         except CredentialRetrievalError:
             used = "the place that credentials come from gives none"
-        todo = "grant them s3:GetObject, s3:PutObject and s3:ListBucket, or use others"
+        rights = "s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject"
+        todo = f"grant them {rights}, or use others"
     else:
         used, todo = f"this process runs as user {os.getuid()}", "grant it access to the file"
     return StorageError("forbidden", f"{shown(uri)}: access refused ({why}); {used}; {todo}")

@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 # What is no module, or not worth a line a file.
 OTHERS = {
     "infra/": "Dockerfile, KubeRay manifests, nightly job, crontab line; see infra/README.md.",
-    "docs/": "architecture, operations by symptom, training, results, log of what was tried.",
+    "docs/": "architecture, engines, security, operations by symptom, training, results, log.",
     "tests/": "mirrors the sources; tests/golden holds the reference's vectors.",
     "Makefile": "the verbs: demo, test, chaos, check, fix.",
     "pyproject.toml": "dependencies with their reasons, and the tools' settings.",

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -11,14 +13,16 @@ from omnisift.mini.shipped import FOLDER
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gains the number of media at each look of a tower."""
     counted: list[int] = []
-    for name in ("encode_video", "encode_audio"):
-        encode = getattr(Backbone, name)
 
-        def count(self: Backbone, media: list[torch.Tensor], *, of=encode, **more: int) -> object:
+    def counting(encode: Callable[..., object]) -> Callable[..., object]:
+        def count(self: Backbone, media: list[torch.Tensor], **more: int) -> object:
             counted.append(len(media))
-            return of(self, media, **more)
+            return encode(self, media, **more)
 
-        monkeypatch.setattr(Backbone, name, count)
+        return count
+
+    for name in ("encode_video", "encode_audio"):
+        monkeypatch.setattr(Backbone, name, counting(getattr(Backbone, name)))
     return counted
 
 
