@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -265,6 +265,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}{list(value.shape)}{value.dtype}".encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class SelectorWeights:
     """The weights of a selector and where they came from."""
@@ -281,13 +290,7 @@ class SelectorWeights:
     @property
     def sha256(self) -> str:
         """Return the hash of names and values, "untrained" without any."""
-        if not self.tensors:
-            return "untrained"
-        digest = hashlib.sha256()
-        for name, value in sorted(self.tensors.items()):
-            digest.update(f"{name}{list(value.shape)}{value.dtype}".encode())
-            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_tensors(self.tensors) if self.tensors else "untrained"
 
 
 def read_selector(folder: Path, selector_file: str = "") -> SelectorWeights:

@@ -8,13 +8,13 @@ Shapes: T frames, N samples, n tokens, D width.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from omnisift.backbone import Backbone, inner
+from omnisift.checkpoint import hash_tensors
 from omnisift.vision_tower import MAX_PATCHES
 
 
@@ -45,7 +45,8 @@ class EncodeOnce(Backbone):
         super().__init__(model)
         self._encoded = encoded
         towers = inner(model)
-        self._vision, self._audio = _weights(towers.visual), _weights(towers.audio_tower)
+        self._vision = hash_tensors(towers.visual.state_dict())
+        self._audio = hash_tensors(towers.audio_tower.state_dict())
 
     @torch.inference_mode()
     def encode_video(
@@ -62,12 +63,3 @@ class EncodeOnce(Backbone):
     def encode_audio(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """Return the tokens [n, D] of waveforms float32 [N] at 16 kHz."""
         return self._encoded.get(self._audio, waveforms, super().encode_audio)
-
-
-def _weights(tower: Any) -> str:
-    """Return a digest of a tower's weights, which two models share only with the weights."""
-    digest = sha256()
-    for name, value in tower.state_dict().items():
-        digest.update(f"{name}{list(value.shape)}{value.dtype}".encode())
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
