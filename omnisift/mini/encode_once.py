@@ -8,6 +8,7 @@ Shapes: T frames, N samples, n tokens, D width.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,10 +54,7 @@ class EncodeOnce(Backbone):
         self, clips: Sequence[Tensor], *, max_patches: int = MAX_PATCHES
     ) -> list[Tensor]:
         """Return the tokens [n, D] of clips uint8 [T, H, W, 3]."""
-
-        def encode(new: list[Tensor]) -> list[Tensor]:
-            return super(EncodeOnce, self).encode_video(new, max_patches=max_patches)
-
+        encode = partial(super().encode_video, max_patches=max_patches)
         return self._encoded.get(self._vision, clips, encode)
 
     @torch.inference_mode()
