@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,13 @@ from omnisift.measure.random_model import published_config, write_random_checkpo
 from omnisift.mini.tiny import write_tiny_model
 from pipeline import rows, token_cache
 from pipeline.answers import find_run_files
-from pipeline.config import CacheConfig, CaptionConfig, CompressionConfig, MediaConfig
+from pipeline.config import (
+    CacheConfig,
+    CaptionConfig,
+    CompressionConfig,
+    DecodeConfig,
+    MediaConfig,
+)
 from pipeline.parquet import read_columns
 from pipeline.pools import Pool, Pools, size_pools
 from pipeline.report import Report, render
@@ -94,11 +100,12 @@ class Table:
     """The lines of the table, each printed when it is known and all of them at the end."""
 
     lines: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # a video, by part
+    slowest: float = 0.0  # seconds a video takes in the slowest stage alone
 
-    def add(self, part: str, seconds: float, note: str = "") -> None:
-        """Note what a video takes in a part."""
-        self.seconds[part] = seconds
+    def add(self, part: str, seconds: float, note: str = "", *, slowest: bool = False) -> None:
+        """Note what a video takes in a part; `slowest`: it may be what bounds the whole."""
+        if slowest:
+            self.slowest = max(self.slowest, seconds)
         self._add(f"| {part} | {seconds:.3f} | {1 / seconds:.2f} | {note} |")
 
     def say(self, what: str, value: str) -> None:
@@ -115,10 +122,13 @@ class Table:
 
 def stamp(block: pa.Table) -> pa.Table:
     """Replace decoded videos by the times at which they were done."""
-    return pa.table({"end": [time.time()] * block.num_rows, "decode_s": block.column("decode_s")})
+    ends = pa.array([time.time()] * block.num_rows)
+    return block.select(["decode_s", "nvdec"]).append_column("end", ends)
 
 
-def decode_alone(videos: Sequence[Path], run: Settings, pool: Pool, table: Table) -> None:
+def decode_alone(
+    videos: Sequence[Path], run: Settings, pool: Pool, table: Table, *, slowest: bool = True
+) -> None:
     """Measure the seconds a video takes with all actors at work, behind each one's first."""
     tables = [rows.build([row_of(video)], rows.IDENTITY) for video in videos]
     decoded = ray.data.from_arrow(tables).map_batches(
@@ -131,7 +141,14 @@ def decode_alone(videos: Sequence[Path], run: Settings, pool: Pool, table: Table
     ends = sorted(times.column("end").to_pylist())
     seconds = (ends[-1] - ends[pool.actors - 1]) / (len(ends) - pool.actors)
     each_s = sum(times.column("decode_s").to_pylist()) / len(ends)
-    table.add(f"decode, {pool.actors} actors", seconds, f"{each_s:.1f} s a video in its actor")
+    with_nvdec = run.decode["decode"].nvdec
+    how = f", NVDEC, {sum(times.column('nvdec').to_pylist())} of them" if with_nvdec else ""
+    table.add(
+        f"decode, {pool.actors} actors{how}",
+        seconds,
+        f"{each_s:.1f} s a video in its actor",
+        slowest=slowest,
+    )
 
 
 def compress_alone(block: pa.Table, run: Settings, sizes: Sizes, table: Table) -> pa.Table:
@@ -149,7 +166,8 @@ def compress_alone(block: pa.Table, run: Settings, sizes: Sizes, table: Table) -
         busy_s = sum(sum(each.column("compress_s").to_pylist()) for each in done)
         videos = sizes.calls * block.num_rows
         at_once = f"{threads} call{'s' * (threads > 1)} at once"
-        table.add(f"compress, {at_once}", seconds / videos, f"device busy {busy_s / seconds:.0%}")
+        note = f"device busy {busy_s / seconds:.0%}"
+        table.add(f"compress, {at_once}", seconds / videos, note, slowest=threads == 2)
     if run.compress["settings"].device == "cuda":
         gibibytes = torch.cuda.max_memory_allocated() / 2**30
         table.say("memory of compressing, weights included", f"{gibibytes:.2f} GiB at its most")
@@ -164,7 +182,7 @@ def cache_alone(kept: pa.Table, run: Settings, actors: int, table: Table) -> Non
         start = time.perf_counter()
         stage(kept)
         runs.append((time.perf_counter() - start) / kept.num_rows / actors)
-    table.add(f"cache, {actors} actors", sorted(runs)[1])
+    table.add(f"cache, {actors} actors", sorted(runs)[1], slowest=True)
 
 
 @contextmanager
@@ -253,13 +271,10 @@ def report_middle(
 ) -> None:
     """Say how fast the whole was in its middle, and how busy each of its pools."""
     count, seconds = len(middle.video_keys), middle.seconds
-    slowest = max(
-        table.seconds[part] for part in table.seconds if part != "compress, 1 call at once"
-    )
     table.add(
         f"**all together**, {count} videos in the middle of {result.videos}",
         seconds / count,
-        f"{slowest * count / seconds:.0%} of the slowest stage alone",
+        f"{table.slowest * count / seconds:.0%} of the slowest stage alone",
     )
     storage = Storage(config.storage)
     folder = join(result.output, result.run_id)
@@ -279,8 +294,11 @@ def report_middle(
         table.say("GPU: kernels running in the middle", f"{sum(used) / len(used):.0f}% of the time")
 
 
-def measure(folder: Path, sizes: Sizes) -> None:
-    """Print each figure when it is known, then the report of the run, then the table."""
+def measure(folder: Path, sizes: Sizes, *, nvdec: bool = False) -> None:
+    """Print each figure when it is known, then the report of the run, then the table.
+
+    With `nvdec` decoding alone is measured on the CPUs too.
+    """
     start, table = time.perf_counter(), Table()
 
     def progress(what: str) -> None:
@@ -293,6 +311,7 @@ def measure(folder: Path, sizes: Sizes) -> None:
         output=str(folder / "output"),
         model=str(sizes.write_model(folder / "model")),
         media=sizes.media,
+        decode=DecodeConfig(nvdec=nvdec),
         compression=CompressionConfig(batch_videos=sizes.batch),
         cache=CacheConfig(videos_per_file=sizes.videos_per_file),
     )
@@ -316,7 +335,11 @@ def measure(folder: Path, sizes: Sizes) -> None:
     del block, kept
     gc.collect()
     progress("decoding alone")
-    decode_alone(videos[: 3 * pools.decode.actors], run, pools.decode, table)
+    some = videos[: 3 * pools.decode.actors]
+    if nvdec:
+        on_cpu = replace(run, decode={**run.decode, "decode": DecodeConfig()})
+        decode_alone(some, on_cpu, pools.decode, table, slowest=False)
+    decode_alone(some, run, pools.decode, table)
     progress("all together")
     with (
         watched_gpu() as samples,
@@ -339,6 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Choose the sizes and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model on any machine")
+    parser.add_argument("--nvdec", action="store_true", help="decode with the GPU's video engines")
     parser.add_argument("--videos", type=int, default=72, help="videos of 128 s in the run")
     parser.add_argument("--folder", help="where clips, model and cache are written; 10 GB")
     options = parser.parse_args(arguments)
@@ -363,7 +387,7 @@ def main(arguments: list[str] | None = None) -> None:
             calls=4,
         )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measure(Path(folder), sizes)
+        measure(Path(folder), sizes, nvdec=options.nvdec)
 
 
 if __name__ == "__main__":

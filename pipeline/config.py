@@ -111,7 +111,7 @@ class MediaConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Limits of the child process that decodes."""
+    """The child process that decodes: its limits, where it lays files, and what it decodes on."""
 
     deadline_s: float = _key(
         600.0, "seconds a video, or a window, may take; then error_type decode_timeout"
@@ -123,11 +123,12 @@ class DecodeConfig:
     max_duration_s: float = _key(86_400.0, "longer videos are refused as too_long")
     max_streams: int = _key(128, "files of more streams are refused as too_many_streams")
     temp_dir: str = _key("", "where downloads lie while they are decoded; empty: the system's")
+    nvdec: bool = _key(False, "8-bit H.264, HEVC and VP9 are decoded by GPUs, where a node has any")
 
     def __post_init__(self) -> None:
         """Refuse limits that let nothing through."""
         for limit in fields(self):
-            if limit.name != "temp_dir":
+            if limit.name not in ("temp_dir", "nvdec"):
                 value = getattr(self, limit.name)
                 _require(value > 0, f"decode.{limit.name}", "positive", value)
 
@@ -292,11 +293,11 @@ class PoolsConfig:
     compress_actors: int = _key(0, "compressing actors; 0: one a GPU, or one without GPUs")
     compress_cpus: float = _key(0.25, "CPUs of a compressing actor")
     compress_gpus: float = _key(
-        -1.0, "GPUs of a compressing actor; -1: half, if there is any; 0: CPU"
+        -1.0, "GPUs of a compressing actor; -1: one, with an answering actor half; 0: CPU"
     )
     answer_actors: int = _key(0, "answering actors; 0: one a GPU, or one without GPUs")
     answer_cpus: float = _key(0.25, "CPUs of an answering actor")
-    answer_gpus: float = _key(-1.0, "GPUs of an answering actor; -1: half, if there is any; 0: CPU")
+    answer_gpus: float = _key(-1.0, "GPUs of an answering actor; -1: half of one; 0: CPU")
     cache_actors: int = _key(0, "cache actors; 0: one a compressor, two where it has a GPU")
     cache_cpus: float = _key(0.1, "CPUs of a cache actor")
 
@@ -363,6 +364,11 @@ class LeaseConfig:
         _require(self.expiry_s >= 1, "lease.expiry_s", "at least 1", self.expiry_s)
 
 
+def _require_pyav(media: MediaConfig, decode: DecodeConfig) -> None:
+    pyav = not decode.nvdec or media.reader == "pyav"
+    _require(pyav, "media.reader", "'pyav', as decode.nvdec=true", media.reader)
+
+
 def _cache_root(cache: str, output: str) -> str:
     return (cache or f"{output.rstrip('/')}/cache").rstrip("/")
 
@@ -395,6 +401,7 @@ class CaptionConfig:
         _require(bool(self.source), "source", "a prefix or a manifest", self.source)
         _require(bool(self.output), "output", "a prefix to write to", self.output)
         _require(bool(self.model), "model", "a folder or a hub id", self.model)
+        _require_pyav(self.media, self.decode)
         shared = self.answer.tensor_parallel_size
         _require(
             shared == 1 or self.pools.answer_gpus == shared,
@@ -451,6 +458,7 @@ class TrainConfig:
         """Refuse what is not named and what cannot train."""
         for name in ("data", "output", "model"):
             _require_no_secret(name, getattr(self, name))
+        _require_pyav(self.media, self.decode)
         _require(bool(self.data), "data", "a JSONL file", self.data)
         local = bool(self.output) and "://" not in self.output
         _require(local, "output", "a folder (states are written by all workers)", self.output)

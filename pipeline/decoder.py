@@ -7,6 +7,7 @@ file it was given, or an `error_type` and a `message`. Between two windows it wa
 since they share the file. It has no credentials, sees no uri, and works under limits of the system.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import av
 import av.logging
 import numpy as np
 import torch
+from av.codec.hwaccel import HWAccel
 from numpy.typing import NDArray
 
 from omnisift.media import (
@@ -48,11 +50,12 @@ from pipeline.media_index import (
     open_media,
     video_stream,
 )
+from pipeline.media_nvdec import Nvdec, NvdecError
 from pipeline.media_sound import SoundReader
 from pipeline.media_windows import Window, cut
 
 _MEBIBYTE = 1 << 20
-_MAX_OPEN_FILES = 64  # pipes, the video, and what libraries load late
+_MAX_OPEN_FILES = 128  # pipes, the video, a GPU's, and what libraries load late
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Decoded:
     duration_s: float
     fps: float  # sampled frames a second
     has_audio: bool
+    nvdec: bool | None  # whether NVDEC decoded the frames; None: decode.nvdec is false
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,14 @@ class Film:
         media: MediaConfig,
         limits: DecodeConfig,
         *,
+        nvdec: Nvdec | None = None,
         understood: Callable[[], None] | None = None,
     ) -> None:
         """Find out where each frame lies; nothing is decoded yet.
 
-        `understood` is called when the file is within the limits by what it says of itself, before
-        all of it is read. Raises DecodeError for whatever is wrong with the file.
+        With `nvdec` the frames that it takes are decoded by it. `understood` is called when the
+        file is within the limits by what it says of itself, before all of it is read. Raises
+        DecodeError for whatever is wrong with the file.
         """
         self._path, self._media, self._limits = path, media, limits
         with open_media(path) as container:
@@ -104,6 +110,7 @@ class Film:
             if understood is not None:
                 understood()
             self._index = index_video(container, stream)
+            self._nvdec = nvdec if nvdec is not None and nvdec.takes(stream) else None
         check_duration(self._index.duration_s, max_duration_s=limits.max_duration_s)
         self.windows = cut(self._index.duration_s, media.window_s)
 
@@ -120,7 +127,10 @@ class Film:
 
         `allocate` gives the array the frames go to. Raises DecodeError.
         """
-        frames, fps = self._frames(window, allocate or _empty)
+        times_s, fps = sample_times(
+            window.duration_s, fps=self._media.fps, max_frames=self._media.max_frames
+        )
+        frames, nvdec = self._frames(window.start_s + times_s, allocate or _empty)
         longest_s = self._media.max_audio_s
         if not window.is_last:  # behind the pictures sound may go on
             longest_s = min(longest_s, window.duration_s)
@@ -131,17 +141,28 @@ class Film:
             duration_s=window.duration_s,
             fps=fps,
             has_audio=audio is not None,
+            nvdec=nvdec,
         )
 
-    def _frames(self, window: Window, allocate: "Allocate") -> tuple[NDArray[np.uint8], float]:
+    def _frames(
+        self, times_s: NDArray[np.float64], allocate: "Allocate"
+    ) -> tuple[NDArray[np.uint8], bool | None]:
+        """Return the frames, and whether NVDEC decoded them; what it fails at, the CPU decodes."""
+        if self._nvdec is not None:
+            with contextlib.suppress(DecodeError, MemoryError, av.FFmpegError):
+                return self._read(times_s, allocate, self._nvdec.accel), True
+        return self._read(times_s, allocate), False if self._limits.nvdec else None
+
+    def _read(
+        self, times_s: NDArray[np.float64], allocate: "Allocate", accel: HWAccel | None = None
+    ) -> NDArray[np.uint8]:
         media, limits = self._media, self._limits
-        times_s, fps = sample_times(window.duration_s, fps=media.fps, max_frames=media.max_frames)
-        numbers = self._index.frames_at(window.start_s + times_s)
+        numbers = self._index.frames_at(times_s)
         # A frame that is wanted twice is decoded once.
         distinct, places = np.unique(numbers, return_inverse=True)
         frames: NDArray[np.uint8] | None = None
         # Opened again: a demuxer that met its end may not seek back.
-        with open_media(self._path) as container:
+        with open_media(self._path, accel) as container:
             stream = video_stream(container)
             if media.reader == "decord":
                 from pipeline.media_decord import read_frames_decord  # its FFmpeg where wanted
@@ -162,12 +183,15 @@ class Film:
                 resized = resize_frames(torch.from_numpy(picture)[None], size)[0]
                 frames[places == place] = resized.numpy()
         assert frames is not None  # there is at least one number
-        return frames, fps
+        return frames
 
 
 def decode_file(path: Path, media: MediaConfig, limits: DecodeConfig) -> Decoded:
-    """Decode a file that is not cut. Raises DecodeError for whatever is wrong with it."""
-    film = Film(path, media, limits)
+    """Decode a file that is not cut. Raises DecodeError for whatever is wrong with it.
+
+    Raises NvdecError where `limits` want NVDEC and there is none.
+    """
+    film = Film(path, media, limits, nvdec=Nvdec() if limits.nvdec else None)
     [window] = film.windows
     with film.sound() as sound:
         return film.decode(window, sound)
@@ -181,7 +205,7 @@ def _serve(work: "_Work", path: Path, skip: Container[int]) -> None:
     """Decode a file into the shared file, window by window; say every fault as an error_type."""
     try:
         understood = partial(work.say, {"understood": True})
-        film = Film(path, work.media, work.limits, understood=understood)
+        film = Film(path, work.media, work.limits, nvdec=work.nvdec, understood=understood)
         left = film.windows
         if len(left) > 1:
             work.say({"cut_s": left[-1].end_s})
@@ -223,6 +247,7 @@ def _decode_into(work: "_Work", film: Film, window: Window, sound: SoundReader) 
         "duration_s": decoded.duration_s,
         "fps": decoded.fps,
         "has_audio": decoded.has_audio,
+        "nvdec": decoded.nvdec,
     }
 
 
@@ -296,6 +321,7 @@ class _Work:
 
     media: MediaConfig
     limits: DecodeConfig
+    nvdec: Nvdec | None
     shared_fd: int
     answers: TextIO
     requests: "queue.SimpleQueue[str]"
@@ -321,12 +347,18 @@ def main() -> None:
     av.logging.set_level(av.logging.FATAL)
     torch.set_num_threads(1)
     media, limits = MediaConfig(**arguments.media), DecodeConfig(**arguments.limits)
+    nvdec, why_not = None, None
+    if limits.nvdec:
+        try:
+            nvdec = Nvdec()  # before the limits: its address space is not the file's
+        except NvdecError as error:
+            why_not = str(error)
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
-    work = _Work(media, limits, arguments.shared_fd, answers, requests)
+    work = _Work(media, limits, nvdec, arguments.shared_fd, answers, requests)
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
     resize_frames(torch.zeros((1, 8, 8, 3), dtype=torch.uint8), (28, 28))  # loads what is lazy
     _limit_resources(media, limits)
-    work.say({"ready": True})
+    work.say({"no_nvdec": why_not})
     while True:
         request = json.loads(requests.get())
         if "path" in request:  # else it asks for more of a file that was given up

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import select
@@ -21,12 +22,15 @@ from pipeline.decoder import child_arguments
 from pipeline.media_index import DecodeError
 from pipeline.media_windows import Window, cut
 
+_LOG = logging.getLogger(__name__)
+
 _START_S = 300.0  # importing torch from a cold network disk
 _TAKE_S = 60.0  # an idle child takes a file at once, or it is stuck
 _STDERR_BYTES = 400
 _LINE_BYTES = 1 << 20  # an answer is a few hundred bytes
 # All that a child gets of the environment: it works on files from strangers, so no credentials.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "HF_HOME")
+_GPU_ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_MPS_PIPE_DIRECTORY")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class DecodedBytes:
     duration_s: float
     fps: float
     has_audio: bool
+    nvdec: bool | None
 
 
 class DecoderProcess:
@@ -76,9 +81,12 @@ class DecoderProcess:
             env=_child_environment(),
             pass_fds=(self._shared_fd,),
         )
-        if not self._hear(time.monotonic() + _START_S):
+        ready = self._hear(time.monotonic() + _START_S)
+        if ready is None:
             status = self._end_of_child()
             raise RuntimeError(f"the decoding process did not start: {status}: {self._chatter()}")
+        if ready["no_nvdec"]:
+            _LOG.warning("decode.nvdec=true, but the CPU decodes here: %s", ready["no_nvdec"])
 
     def stop(self) -> None:
         """End the child, if there is one, and forget what it said."""
@@ -186,6 +194,7 @@ class DecoderProcess:
             duration_s=answer["duration_s"],
             fps=answer["fps"],
             has_audio=answer["has_audio"],
+            nvdec=answer["nvdec"],
         )
 
     def _offer(self, request: dict[str, Any]) -> bool:
@@ -268,7 +277,8 @@ def _read(descriptor: int, offset: int, size_bytes: int) -> bytes:
 
 
 def _child_environment() -> dict[str, str]:
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    names = (*_ENVIRONMENT, *_GPU_ENVIRONMENT)
+    environment = {name: os.environ[name] for name in names if name in os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment["OMP_NUM_THREADS"] = "1"
     return environment

@@ -129,12 +129,13 @@ def read_frames(
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield upright RGB pictures, uint8 [H, W, 3], of the frames `numbers` (ascending)."""
     reader = FrameReader(container, stream, index)
-    reformatter = VideoReformatter()
+    to_planes, to_rgb = VideoReformatter(), VideoReformatter()
     for number in numbers:
         frame = reader.read(number)
-        picture = (
-            reformatter.reformat(frame, format="rgb24").to_ndarray().astype(np.uint8, copy=False)
-        )
+        if frame.format.name in ("cuda", "nv12"):
+            # What a GPU decoded; its way to RGB rounds otherwise than that of the CPU's planes.
+            frame = to_planes.reformat(frame, format="yuv420p")
+        picture = to_rgb.reformat(frame, format="rgb24").to_ndarray().astype(np.uint8, copy=False)
         # The display matrix turns counterclockwise, as rot90 does.
         turns = round(frame.rotation / 90) % 4
         yield np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture

@@ -8,6 +8,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.codec.hwaccel import HWAccel
 from av.container import InputContainer
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
@@ -71,10 +72,10 @@ class VideoIndex:
         return np.clip(numbers, 0, len(self.starts) - 1)
 
 
-def open_media(path: Path) -> InputContainer:
+def open_media(path: Path, accel: HWAccel | None = None) -> InputContainer:
     """Open a media file. Raises DecodeError not_a_video, saying what the file looks like."""
     try:
-        return av.open(str(path), options=dict(_OPTIONS), metadata_errors="ignore")
+        return av.open(str(path), options=dict(_OPTIONS), metadata_errors="ignore", hwaccel=accel)
     except MemoryError:
         raise
     except (av.FFmpegError, ValueError) as error:

@@ -11,6 +11,10 @@ from pipeline.config import PoolsConfig
 from pipeline.errors import StartupError
 
 _SPARE_CPUS = 0.2  # for the tasks that read the work list
+# Shares of a GPU where a compressing and an answering actor share it. Ray fills a GPU before it
+# touches the next: of exact halves two compressors would share one, and compress would have half
+# of the GPUs of a node.
+_COMPRESS_GPU, _ANSWER_GPU = 0.51, 0.49
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,21 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
     cpus, gpus = sum(node[0] for node in nodes), sum(node[1] for node in nodes)
     models = max(1, math.floor(gpus))
 
-    def model_pool(actors: int, cpus: float, gpus_each: float) -> Pool:
-        share = (0.5 if gpus else 0.0) if gpus_each < 0 else gpus_each
+    def model_pool(actors: int, cpus: float, gpus_each: float, default: float) -> Pool:
+        share = (default if gpus else 0.0) if gpus_each < 0 else gpus_each
         return Pool(actors or models, cpus, share)
 
-    compress = model_pool(config.compress_actors, config.compress_cpus, config.compress_gpus)
+    beside = config.answer_gpus if 0 < config.answer_gpus < 1 else _ANSWER_GPU
+    compress = model_pool(
+        config.compress_actors,
+        config.compress_cpus,
+        config.compress_gpus,
+        min(_COMPRESS_GPU, 1 - beside) if answers else 1.0,
+    )
     if compress.gpus:  # one call is copied and packed while the GPU computes the other
         compress = replace(compress, calls=2)
     answer = (
-        model_pool(config.answer_actors, config.answer_cpus, config.answer_gpus)
+        model_pool(config.answer_actors, config.answer_cpus, config.answer_gpus, _ANSWER_GPU)
         if answers
         else Pool(0, 0.0)
     )

@@ -24,6 +24,7 @@ _SUMMED = (
     "kept_video_tokens",
     "kept_audio_tokens",
     "cache_hit",
+    "nvdec",
     "duration_s",
 )
 _ANSWERS = pa.schema(
@@ -73,6 +74,7 @@ def count_videos(storage: Storage, files: Sequence[str]) -> Videos:
         found.failed_keys.update(failed.column("video_key").to_pylist())
         for column in _SUMMED:
             found.sums[column] += pc.sum(good.column(column)).as_py() or 0
+        found.sums["nvdec or not"] += pc.count(good.column("nvdec")).as_py()
         for stage in STAGES:
             own = videos.filter(pc.is_valid(videos.column(f"{stage}_s")))
             found.sums[f"{stage} videos"] += own.num_rows

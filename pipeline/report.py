@@ -65,6 +65,8 @@ class Report:
     tokens_before: int
     tokens_after: int
     retained: float  # share of the tokens kept; 0 when there were none
+    nvdec: int  # of videos_ok, those that NVDEC decoded
+    nvdec_not: int  # those that the CPU decoded in spite of decode.nvdec
     video_s: float
     stages: list[StageReport]
     gone: int  # videos that earlier runs know and the prefix has lost; all: gone.parquet
@@ -125,6 +127,8 @@ def make_report(
         tokens_before=int(before),
         tokens_after=int(after),
         retained=after / before if before else 0.0,
+        nvdec=int(sums["nvdec"]),
+        nvdec_not=int(sums["nvdec or not"] - sums["nvdec"]),
         video_s=sums["duration_s"],
         stages=[_stage(stage, sums, actors.get(stage, 1), held_s) for stage in STAGES],
         gone=len(gone.absent),
@@ -214,6 +218,11 @@ def _speed(report: Report) -> list[str]:
         f"{report.held_s:.1f} s, start-up included; the speeds are those of all its actors while "
         "busy."
     )
+    if report.nvdec or report.nvdec_not:
+        lines.append(
+            f"decode.nvdec: the GPU decoded {report.nvdec:,} of these videos, the CPU "
+            f"{report.nvdec_not:,}"
+        )
     if report.wall_s > 0:
         lines.append(
             f"all stages together: {report.videos_ok / report.wall_s:.2f} videos/s, "

@@ -47,6 +47,7 @@ _MEASURES = [
     ("cache_s", pa.float64()),
     ("answer_s", pa.float64()),
     ("cache_hit", pa.bool_()),
+    ("nvdec", pa.bool_()),  # whether NVDEC decoded it; null: decode.nvdec is false
 ]
 
 _VIDEO = [
@@ -218,7 +219,7 @@ def _borrow(value: bytes | memoryview) -> pa.LargeBinaryArray:
 
 
 # Columns that files of earlier versions lack.
-_LATER = {"choices", "windows", *(name for name, _ in _PART)}
+_LATER = {"choices", "windows", "nvdec", *(name for name, _ in _PART)}
 
 
 def completed(table: pa.Table, names: Sequence[str], schema: pa.Schema) -> pa.Table:

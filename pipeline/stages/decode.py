@@ -34,8 +34,8 @@ class Decode:
     """Fetch each video and sample it in a guarded child process; a bad video costs one row.
 
     Reads: uri, size_bytes, etag, skip_windows. Writes: frames, frames_shape, audio, duration_s,
-    fps, has_audio, decode_s; of a window also video_key, start_s, windows. The windows of a long
-    video go on one by one, so that it takes no more memory than one of them.
+    fps, has_audio, decode_s, nvdec; of a window also video_key, start_s, windows. The windows of a
+    long video go on one by one, so that it takes no more memory than one of them.
     """
 
     def __init__(

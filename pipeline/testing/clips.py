@@ -62,12 +62,14 @@ def encode(
     sound: str | None = None,
     sound_delay_s: float = 0.0,
     rotation: int = 0,
+    pixels: str | None = None,
     options: dict[str, str] | None = None,
 ) -> None:
     """Encode the first pictures of bigbuckbunny.mp4 anew.
 
     `size` is (width, height); `stamps` gives each frame's start in 1/25 s; `sound` is a codec, or
-    "silence" for AAC of zeros; `rotation` goes to the display matrix, in degrees counterclockwise.
+    "silence" for AAC of zeros; `rotation` goes to the display matrix, in degrees counterclockwise;
+    `pixels` is FFmpeg's name of a pixel format, by default the codec's usual one.
     """
     fast = {
         "libx264": {"preset": "veryfast"},
@@ -75,7 +77,7 @@ def encode(
     }
     x265 = {"preset": "ultrafast", "x265-params": f"log-level=none:keyint={key_every}"}
     presets = {**fast, "libx265": x265, "libsvtav1": {"preset": "12", "svtav1-params": "lp=1"}}
-    pixels = {"ffv1": "yuv444p", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+    pixels = pixels or {"ffv1": "yuv444p", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
     movflags = {"movflags": "faststart"} if path.suffix in (".mp4", ".m4a") else {}
     with av.open(str(path), "w", options=movflags) as output:
         chosen = {**presets.get(codec, {}), "g": str(key_every), **(options or {})}

@@ -93,7 +93,7 @@ def test_the_child_works_under_limits_of_the_system(decoder: DecoderProcess, fol
         return resource.prlimit(decoder.pid, kind)
 
     assert limit(resource.RLIMIT_CORE) == (0, 0)
-    assert limit(resource.RLIMIT_NOFILE) == (64, 64)
+    assert limit(resource.RLIMIT_NOFILE) == (128, 128)
     written = largest_answer_bytes(MEDIA) + (1 << 20)
     assert limit(resource.RLIMIT_FSIZE) == (written, written)
     space, hard = limit(resource.RLIMIT_AS)

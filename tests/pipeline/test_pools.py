@@ -56,7 +56,7 @@ GPUS_APART = (HEAD, (4, 0), (1, 4))  # CPUs enough and GPUs enough, not on one n
             GPUS_APART,
             {"compress_cpus": 1.5, "compress_actors": 1, "answer_actors": 1, "decode_actors": 1},
             "compress",
-            "1.5 CPUs and 0.5 GPUs",
+            "1.5 CPUs and 0.51 GPUs",
         ),
         ([(2, 0)] * 8, {"cache_cpus": 2.5}, "cache", "2.5 CPUs and 0 GPUs"),
     ],
