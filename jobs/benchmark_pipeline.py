@@ -335,7 +335,7 @@ def measure(folder: Path, sizes: Sizes, *, nvdec: bool = False) -> None:
     del block, kept
     gc.collect()
     progress("decoding alone")
-    some = videos[: 3 * pools.decode.actors]
+    some = [videos[number % len(videos)] for number in range(3 * pools.decode.actors)]
     if nvdec:
         on_cpu = replace(run, decode={**run.decode, "decode": DecodeConfig()})
         decode_alone(some, on_cpu, pools.decode, table, slowest=False)

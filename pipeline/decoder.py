@@ -148,10 +148,13 @@ class Film:
         self, times_s: NDArray[np.float64], allocate: "Allocate"
     ) -> tuple[NDArray[np.uint8], bool | None]:
         """Return the frames, and whether NVDEC decoded them; what it fails at, the CPU decodes."""
-        if self._nvdec is not None:
-            with contextlib.suppress(DecodeError, MemoryError, av.FFmpegError):
-                return self._read(times_s, allocate, self._nvdec.accel), True
-        return self._read(times_s, allocate), False if self._limits.nvdec else None
+        if self._nvdec is None:
+            return self._read(times_s, allocate), False if self._limits.nvdec else None
+        with contextlib.suppress(DecodeError, MemoryError, av.FFmpegError):
+            return self._read(times_s, allocate, self._nvdec.accel), True
+        frames = self._read(times_s, allocate)
+        self._nvdec.in_doubt = True
+        return frames, False
 
     def _read(
         self, times_s: NDArray[np.float64], allocate: "Allocate", accel: HWAccel | None = None
@@ -359,12 +362,14 @@ def main() -> None:
     resize_frames(torch.zeros((1, 8, 8, 3), dtype=torch.uint8), (28, 28))  # loads what is lazy
     _limit_resources(media, limits)
     work.say({"no_nvdec": why_not})
-    while True:
+    # One in doubt is not asked again: the next file finds this process gone, and gets another.
+    while nvdec is None or not nvdec.in_doubt:
         request = json.loads(requests.get())
         if "path" in request:  # else it asks for more of a file that was given up
             _limit_cpu(limits)
             work.say({"taken": True})
             _serve(work, Path(request["path"]), frozenset(request["skip"]))
+    os._exit(0)  # at once: a thread waits for requests, and a broken context may not let go
 
 
 def child_arguments(media: MediaConfig, limits: DecodeConfig, *, shared_fd: int) -> str:

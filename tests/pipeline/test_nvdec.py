@@ -107,14 +107,53 @@ def test_without_a_gpu_the_cpu_decodes_and_a_warning_says_so(
 @without_gpu
 def test_a_file_that_the_engines_fail_at_is_decoded_by_the_cpu(folder: Path) -> None:
     path = clip(folder, "b_frames.mp4")
-    broken: Any = SimpleNamespace(accel=HWAccel("cuda"), takes=Nvdec.takes)
+    broken: Any = SimpleNamespace(accel=HWAccel("cuda"), takes=Nvdec.takes, in_doubt=False)
     with pytest.raises(DecodeError):  # what stands in for a broken driver
         open_media(path, broken.accel)
     film = Film(path, MEDIA, NVDEC, nvdec=broken)
     with film.sound() as sound:
         found = film.decode(film.windows[0], sound)
     assert found.nvdec is False
+    assert broken.in_doubt
     assert np.array_equal(found.frames, decode_file(path, MEDIA, DecodeConfig()).frames)
+
+
+# For the child alone, which imports it before anything else.
+BROKEN_NVDEC = """
+from av.codec.hwaccel import HWAccel
+import pipeline.media_nvdec
+
+class Broken:
+    in_doubt = False
+    takes = staticmethod(pipeline.media_nvdec.Nvdec.takes)
+    accel = HWAccel("cuda")
+
+pipeline.media_nvdec.Nvdec = Broken
+"""
+
+
+@without_gpu
+def test_a_gpu_that_failed_is_met_by_a_new_process(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BROKEN_NVDEC)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    process = DecoderProcess(MEDIA, NVDEC)
+    try:
+        pids = []
+        for name in ("mpeg4.mp4", "b_frames.mp4", "mpeg4.mp4", "sound.mp4", "b_frames.mp4"):
+            path = clip(folder, name)
+            found = process.decode(path)
+            pids.append(process.pid)
+            assert found.nvdec is False
+            assert np.array_equal(
+                np.frombuffer(found.frames, np.uint8),
+                decode_file(path, MEDIA, DecodeConfig()).frames.ravel(),
+            )
+    finally:
+        process.close()
+    # what NVDEC does not take says nothing of it
+    assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4]
 
 
 def as_a_gpu_has_it(frame: VideoFrame) -> VideoFrame:

@@ -1,5 +1,9 @@
 """Pools on clusters that are only described."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +116,58 @@ def test_the_models_compute_on_gpus_together_or_not_at_all(
     # where there is no GPU, none is what both have anyway
     describe(monkeypatch, (16, 0))
     assert not size_pools(PoolsConfig(**keys)).uses_gpu
+
+
+# Actors as the plan starts them, on GPUs that Ray is told of; prints the GPUs of each stage.
+PLACE = """
+import json, sys, ray
+from pipeline.config import PoolsConfig
+from pipeline.pools import size_pools
+ray.init(num_cpus=8, num_gpus=3, include_dashboard=False, logging_level="ERROR")
+
+@ray.remote
+class Actor:
+    def gpus(self):
+        return ray.get_gpu_ids()
+
+pools, actors, found = size_pools(PoolsConfig(), answers=sys.argv[1] == "answers"), [], {}
+for stage in ("compress", "answer"):
+    pool = getattr(pools, stage)
+    own = [Actor.options(num_cpus=pool.cpus, num_gpus=pool.gpus) for _ in range(pool.actors)]
+    actors.append([actor.remote() for actor in own])
+    gpus = ray.get([actor.gpus.remote() for actor in actors[-1]])
+    found[stage] = sorted(gpu for own in gpus for gpu in own)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_every_gpu_of_a_node_compresses(answers: bool) -> None:
+    """Ray fills a GPU before it touches the next, so of two halves two compressors shared one."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLACE, "answers" if answers else "none"],
+        cwd=Path(__file__).parents[2],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"compress": [0, 1, 2], "answer": [0, 1, 2] if answers else []}
+
+
+@pytest.mark.parametrize(
+    ("keys", "compress", "answer"),
+    [
+        ({}, 0.51, 0.49),
+        ({"answer_gpus": 0.5}, 0.5, 0.5),
+        ({"answer_gpus": 0.3}, 0.51, 0.3),
+        ({"compress_gpus": 0.25}, 0.25, 0.49),
+    ],
+)
+def test_what_one_takes_of_a_gpu_the_other_has_not(
+    monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], compress: float, answer: float
+) -> None:
+    describe(monkeypatch, (16, 1))
+    pools = size_pools(PoolsConfig(**keys))
+    assert (pools.compress.gpus, pools.answer.gpus) == (compress, answer)

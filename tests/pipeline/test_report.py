@@ -95,7 +95,10 @@ def _report(
 
 
 def test_the_report_is_a_recount_of_the_files(tmp_path: Path) -> None:
-    blocks = [[_video("a"), _failed("b"), _hit("c")], [_unanswered("d"), _failed("e", "too_long")]]
+    blocks = [
+        [_video("a", nvdec=True), _failed("b"), _hit("c")],
+        [_unanswered("d"), _failed("e", "too_long")],
+    ]
     counts = WorkCounts(
         videos=7, fresh=4, cached=1, answered=2, prompts=6, prompts_answered=3, duplicates=1
     )
@@ -104,6 +107,7 @@ def test_the_report_is_a_recount_of_the_files(tmp_path: Path) -> None:
     assert (report.answers_ok, report.answers_failed) == (3, 3)
     assert report.failed_by_type == {"truncated": 1, "too_long": 1, "out_of_memory": 1}
     assert report.cache_hits == 1
+    assert (report.nvdec, report.nvdec_not) == (1, 0)
     assert (report.tokens_before, report.tokens_after, report.retained) == (300, 75, 0.25)
     assert report.video_s == 12.0
     decode, compress, cache, answer = report.stages
