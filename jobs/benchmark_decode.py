@@ -20,8 +20,8 @@ import torch
 
 from omnisift.media import sample_times
 from pipeline.config import DecodeConfig, MediaConfig
-from pipeline.decoder import decode_file
 from pipeline.decoder_process import DecoderProcess
+from pipeline.film import decode_file
 from pipeline.media_index import index_video, open_media, video_stream
 from pipeline.testing.clips import encode, repeat
 

@@ -35,7 +35,7 @@ _GPU_ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_MPS_PIPE_
 
 @dataclass(frozen=True)
 class DecodedBytes:
-    """A decoded video as the rows carry it; see `decoder.Decoded` for shapes and units."""
+    """A decoded video as the rows carry it; see `film.Decoded` for shapes and units."""
 
     frames: bytes
     frames_shape: list[int]

@@ -10,7 +10,7 @@ from omnisift.mini.clips import write_clip
 from omnisift.mini.shipped import FRAME_PIXELS
 from omnisift.mini.world import Scene
 from pipeline.config import DecodeConfig, MediaConfig
-from pipeline.decoder import decode_file
+from pipeline.film import decode_file
 
 
 def decode_scene(scene: Scene) -> Clip:

@@ -14,7 +14,7 @@ from scipy.signal import resample_poly  # type: ignore[import-untyped]
 
 from omnisift.media import SAMPLE_RATE, sample_times
 from pipeline.config import DecodeConfig, MediaConfig
-from pipeline.decoder import Decoded, decode_file
+from pipeline.film import Decoded, decode_file
 from pipeline.media_frames import FrameReader
 from pipeline.media_index import DecodeError, index_video, open_media, video_stream
 from pipeline.testing import clips

@@ -15,8 +15,9 @@ import pytest
 
 from omnisift.media import MAX_ASPECT, frame_size
 from pipeline.config import DecodeConfig, MediaConfig
-from pipeline.decoder import Film, decode_file, largest_answer_bytes
+from pipeline.decoder import largest_answer_bytes
 from pipeline.decoder_process import DecoderProcess
+from pipeline.film import Film, decode_file
 from pipeline.media_index import DecodeError, check_container, open_media
 from pipeline.testing import clips
 

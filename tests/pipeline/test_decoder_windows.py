@@ -21,8 +21,8 @@ from omnisift.media import frame_size, resize_frames
 from pipeline import keys, rows
 from pipeline.boundary import Roots
 from pipeline.config import DecodeConfig, MediaConfig, StorageConfig
-from pipeline.decoder import Film, decode_file
 from pipeline.decoder_process import DecodedBytes, DecoderProcess
+from pipeline.film import Film, decode_file
 from pipeline.media_index import DecodeError
 from pipeline.media_sound import SoundReader
 from pipeline.media_windows import Window

@@ -17,8 +17,8 @@ from av.video.plane import VideoPlane
 from numpy.typing import NDArray
 
 from pipeline.config import CaptionConfig, DecodeConfig, MediaConfig
-from pipeline.decoder import Film, decode_file
 from pipeline.decoder_process import DecodedBytes, DecoderProcess
+from pipeline.film import Film, decode_file
 from pipeline.media_frames import FrameReader, read_frames
 from pipeline.media_index import DecodeError, index_video, open_media, video_stream
 from pipeline.media_nvdec import Nvdec, NvdecError, _take_slot

@@ -31,8 +31,8 @@ from pipeline.config import (
     DecodeConfig,
     MediaConfig,
 )
-from pipeline.decoder import decode_file
 from pipeline.errors import StartupError
+from pipeline.film import decode_file
 from pipeline.parquet import read_columns
 from pipeline.run import answer_questions, caption_corpus, compress_corpus
 from pipeline.storage import Storage

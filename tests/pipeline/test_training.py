@@ -35,8 +35,8 @@ from pipeline.config import (
     StorageConfig,
     TrainConfig,
 )
-from pipeline.decoder import decode_file
 from pipeline.errors import StartupError
+from pipeline.film import decode_file
 from pipeline.storage import Storage
 from pipeline.testing.clips import render
 from pipeline.training import train_omnisift

@@ -12,7 +12,7 @@ from omnisift.mini.pictures import draw, plan_pictures
 from omnisift.mini.sounds import heard, plan_sounds, render
 from omnisift.mini.world import Event, Scene, Sound, Thing, draw_scene
 from pipeline.config import DecodeConfig, MediaConfig
-from pipeline.decoder import decode_file
+from pipeline.film import decode_file
 
 RED = Thing("red", "circle", "large", 22.0, (50.0, 60.0), (0.0, 0.0), 4.0)
 BLUE = Thing("blue", "square", "small", 13.0, (120.0, 110.0), (0.0, 0.0), 4.0)

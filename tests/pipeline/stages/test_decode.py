@@ -19,8 +19,8 @@ import pytest
 from pipeline import rows
 from pipeline.boundary import Roots
 from pipeline.config import DecodeConfig, MediaConfig, StorageConfig
-from pipeline.decoder import decode_file
 from pipeline.decoder_process import DecoderProcess
+from pipeline.film import decode_file
 from pipeline.media_index import DecodeError
 from pipeline.stages.decode import Decode
 from pipeline.storage import ObjectInfo, Storage, StorageError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import DecodeConfig, MediaConfig
-from pipeline.decoder import decode_file
+from pipeline.film import decode_file
 from pipeline.testing.clips import encode, repeat
 
 MEDIA = MediaConfig(fps=2.0, min_pixels=56 * 56, max_pixels=112 * 112)
