@@ -184,10 +184,12 @@ def start_ray() -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine."""
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True)
     else:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR)
+        # Without "local" Ray would look for a cluster that was once started here, and wait for a
+        # dead one for minutes.
+        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
 
 
 def configure_ray_data() -> None:

@@ -11,7 +11,7 @@ from pipeline.pools import size_pools
 def test_the_quick_benchmark_measures_each_stage_and_the_flow(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ray.init(num_cpus=3, include_dashboard=False)
+    ray.init(address="local", num_cpus=3, include_dashboard=False)
     try:
         benchmark_pipeline.main(["--quick"])
     finally:

@@ -57,7 +57,7 @@ def bucket(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         client.upload_file(str(clips[clip]), name, f"videos/{key}")
     before = dict(os.environ)
     os.environ.update(s3.environment)
-    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     yield name
     ray.shutdown()
     os.environ.clear()

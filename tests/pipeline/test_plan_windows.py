@@ -30,7 +30,7 @@ TOKENS = ["tokens", "token_shape", "positions", "modality", "next_position", "ke
 
 @pytest.fixture(scope="module")
 def _ray() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 

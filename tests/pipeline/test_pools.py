@@ -123,7 +123,7 @@ PLACE = """
 import json, sys, ray
 from pipeline.config import PoolsConfig
 from pipeline.pools import size_pools
-ray.init(num_cpus=8, num_gpus=3, include_dashboard=False, logging_level="ERROR")
+ray.init(address="local", num_cpus=8, num_gpus=3, include_dashboard=False, logging_level="ERROR")
 
 @ray.remote
 class Actor:

@@ -1,4 +1,7 @@
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,3 +63,18 @@ def test_weights_are_fetched_where_actors_need_them_and_behind_the_pools(
         run.caption_corpus(config)
     # A branch may have moved since it was looked up: the second time it is the commit.
     assert steps == [("main", False), "pools", *([(COMMIT, True)] if machines == 1 else [])]
+
+
+def test_a_cluster_that_is_long_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray start` writes down where its cluster is; when it is killed nobody strikes that out."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # the paths of sockets are short
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        known = Path(folder, "ray", "ray_current_cluster")
+        known.parent.mkdir()
+        known.write_text("127.0.0.1:9")
+        code = "import pipeline.run, ray; pipeline.run.start_ray(); print(len(ray.nodes()))"
+        started = subprocess.run(
+            [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, timeout=60
+        )
+    assert started.stdout.split()[-1] == "1"

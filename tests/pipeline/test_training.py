@@ -90,7 +90,7 @@ def alone(config: TrainConfig) -> Path:
 @pytest.fixture
 def two_cpus() -> Iterator[None]:
     before = os.environ.pop("RAY_ADDRESS", None)
-    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
     if before is not None:

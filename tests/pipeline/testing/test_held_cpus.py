@@ -16,7 +16,7 @@ class _Actor:
 
 @pytest.fixture(scope="module")
 def _three_cpus() -> Iterator[None]:
-    ray.init(num_cpus=3, include_dashboard=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 
