@@ -46,6 +46,9 @@ class Nvdec:
         try:
             # Held, as the CUDA context that it made: to make one takes a third of a second.
             self._held = av.VideoCodecContext.create("h264", "r", hwaccel=self.accel)
+            # PyAV opens it for the CPU, without an error, where FFmpeg has no such decoder.
+            if not self._held.is_hwaccel:
+                raise NvdecError("this build of FFmpeg has no NVDEC; install another of av")
             self._held.decode(av.Packet(_GREY))
             self._held.decode(None)
         except av.FFmpegError as error:

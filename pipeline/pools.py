@@ -89,12 +89,13 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
         share = (default if gpus else 0.0) if gpus_each < 0 else gpus_each
         return Pool(actors or models, cpus, share)
 
-    beside = config.answer_gpus if 0 < config.answer_gpus < 1 else _ANSWER_GPU
+    # Never below a half: two compressors on one GPU would leave an answering actor none.
+    shared = 0.5 if _ANSWER_GPU < config.answer_gpus < 1 else _COMPRESS_GPU
     compress = model_pool(
         config.compress_actors,
         config.compress_cpus,
         config.compress_gpus,
-        min(_COMPRESS_GPU, 1 - beside) if answers else 1.0,
+        shared if answers else 1.0,
     )
     if compress.gpus:  # one call is copied and packed while the GPU computes the other
         compress = replace(compress, calls=2)

@@ -16,6 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.plane import VideoPlane
 from numpy.typing import NDArray
 
+from pipeline import media_nvdec
 from pipeline.config import CaptionConfig, DecodeConfig, MediaConfig
 from pipeline.decoder_process import DecodedBytes, DecoderProcess
 from pipeline.film import Film, decode_file
@@ -102,6 +103,14 @@ def test_without_a_gpu_the_cpu_decodes_and_a_warning_says_so(
     plain = processes["off"].decode(path)
     assert same(asked, plain)
     assert (asked.nvdec, plain.nvdec) == (False, None)
+
+
+def test_a_build_without_nvdec_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    # a device on which FFmpeg decodes no H.264 stands in for a build without NVDEC
+    monkeypatch.setattr(media_nvdec, "HWAccel", lambda _, **keys: HWAccel("drm", **keys))
+    with pytest.raises(NvdecError, match="has no NVDEC"):
+        Nvdec()
 
 
 @without_gpu

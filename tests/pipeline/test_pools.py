@@ -171,3 +171,10 @@ def test_what_one_takes_of_a_gpu_the_other_has_not(
     describe(monkeypatch, (16, 1))
     pools = size_pools(PoolsConfig(**keys))
     assert (pools.compress.gpus, pools.answer.gpus) == (compress, answer)
+
+
+def test_an_answering_actor_above_a_half_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two compressors of 0.4 would be on one of two GPUs, and the second answer would find none."""
+    describe(monkeypatch, (16, 2))
+    with pytest.raises(StartupError, match=r"2 GPUs are too few: .* take 2\.2"):
+        size_pools(PoolsConfig(answer_gpus=0.6))
