@@ -69,8 +69,12 @@ class DecoderProcess:
 
     def start(self) -> None:
         """Start the child, if there is none, and wait until it can decode."""
-        if self._child is not None and self._child.poll() is None:
-            return
+        if self._child is not None:
+            ended = self._child.poll()
+            if ended is None:
+                return
+            if ended == 0:  # of its own will, see decoder.main
+                _LOG.warning("NVDEC failed at a video that the CPU could decode: met anew")
         self.stop()
         arguments = child_arguments(self._media, self._limits, shared_fd=self._shared_fd)
         self._child = subprocess.Popen(

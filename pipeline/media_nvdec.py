@@ -8,9 +8,14 @@ import torch
 from av.codec.hwaccel import HWAccel
 from av.video.stream import VideoStream
 
-# Standards that leave a decoder no choice, so that pictures are those of the CPU to the last bit.
-# MPEG-4 and what is older leave the rounding of its transform; AV1 is decoded by dav1d.
-_CODECS = ("h264", "hevc", "vp9")
+# Standards that leave a decoder no choice, so that pictures are those of the CPU to the last bit,
+# and their profiles that the engines know. MPEG-4 and what is older leave the rounding of its
+# transform; AV1 is decoded by dav1d.
+_PROFILES = {
+    "h264": ("Constrained Baseline", "Main", "High"),
+    "hevc": ("Main",),
+    "vp9": ("Profile 0",),
+}
 _PIXELS = ("yuv420p", "yuvj420p")  # 8 bits; others come back in formats of their own
 # A grey picture of 64 x 64 in H.264: parameter sets and one key frame.
 _GREY = bytes.fromhex(
@@ -62,7 +67,7 @@ class Nvdec:
     def takes(stream: VideoStream) -> bool:
         """Return whether a stream, opened for the CPU, is one that the engines decode alike."""
         codec = stream.codec_context
-        return codec.name in _CODECS and codec.pix_fmt in _PIXELS
+        return codec.profile in _PROFILES.get(codec.name, ()) and codec.pix_fmt in _PIXELS
 
 
 def _take_slot() -> tuple[socket.socket, int]:

@@ -57,6 +57,7 @@ class Pools:
     write_cache: Pool
     read_cache: Pool
     answer: Pool
+    answer_alone: Pool  # the same, in a run that has nothing to compress
     sink: Pool
 
     @property
@@ -90,12 +91,12 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
         return Pool(actors or models, cpus, share)
 
     # Never below a half: two compressors on one GPU would leave an answering actor none.
-    shared = 0.5 if _ANSWER_GPU < config.answer_gpus < 1 else _COMPRESS_GPU
+    shared = _COMPRESS_GPU if config.answer_gpus <= _ANSWER_GPU else 0.5
     compress = model_pool(
         config.compress_actors,
         config.compress_cpus,
         config.compress_gpus,
-        shared if answers else 1.0,
+        shared if answers else _alone(config.compress_actors or models, gpus),
     )
     if compress.gpus:  # one call is copied and packed while the GPU computes the other
         compress = replace(compress, calls=2)
@@ -132,7 +133,21 @@ def size_pools(config: PoolsConfig, *, answers: bool = True) -> Pools:
             " add nodes, or lower pools.decode_actors or a pools.*_cpus"
         )
     _require_a_node(nodes, decode=decode, compress=compress, answer=answer, cache=cache)
-    return Pools(decode, compress, write_cache=cache, read_cache=cache, answer=answer, sink=sink)
+    by_default = answer.gpus and config.answer_gpus < 0
+    return Pools(
+        decode,
+        compress,
+        write_cache=cache,
+        read_cache=cache,
+        answer=answer,
+        answer_alone=replace(answer, gpus=_alone(answer.actors, gpus)) if by_default else answer,
+        sink=sink,
+    )
+
+
+def _alone(actors: int, gpus: float) -> float:
+    """Return the share of a GPU that spreads actors evenly where no other pool computes."""
+    return 1 / max(1, math.ceil(actors / max(1.0, gpus)))
 
 
 def nodes_up() -> list[tuple[float, float]]:

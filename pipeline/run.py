@@ -132,6 +132,8 @@ def _run(
         warnings += [gone.warning] if gone.warning else []
         say(_describe(run.run_id, counts))
         held_s = 0.0
+        if not work.fresh:
+            pools = replace(pools, answer=pools.answer_alone)
         if work.fresh or work.cached or work.failed:
             configure_ray_data()
             run = replace(run, sink={**run.sink, "not_before": done.not_before})

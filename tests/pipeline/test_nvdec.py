@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ TAKEN: dict[str, dict[str, Any]] = {
 NOT_TAKEN: dict[str, dict[str, Any]] = {
     "ten_bits.mp4": {"pixels": "yuv420p10le"},
     "ten_bits_hevc.mp4": {"codec": "libx265", "pixels": "yuv420p10le"},
+    "lossless.mp4": {"options": {"qp": "0"}},
     "half_chroma.mp4": {"pixels": "yuv422p"},
     "mpeg4.mp4": {"codec": "mpeg4"},
     "av1.mp4": {"codec": "libsvtav1", "num_frames": 25},
@@ -143,7 +145,10 @@ pipeline.media_nvdec.Nvdec = Broken
 
 @without_gpu
 def test_a_gpu_that_failed_is_met_by_a_new_process(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(BROKEN_NVDEC)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -154,6 +159,7 @@ def test_a_gpu_that_failed_is_met_by_a_new_process(
             path = clip(folder, name)
             found = process.decode(path)
             pids.append(process.pid)
+            time.sleep(1)  # it leaves behind its answer
             assert found.nvdec is False
             assert np.array_equal(
                 np.frombuffer(found.frames, np.uint8),
@@ -161,6 +167,7 @@ def test_a_gpu_that_failed_is_met_by_a_new_process(
             )
     finally:
         process.close()
+    assert caplog.text.count("NVDEC failed at a video that the CPU could decode") == 2
     # what NVDEC does not take says nothing of it
     assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4]
 

@@ -89,7 +89,9 @@ def test_an_actor_that_no_node_can_hold_is_refused(
             {"answer_gpus": 2.0, "answer_actors": 3, "compress_gpus": 1.0, "compress_actors": 2},
         ),
         # docs/operations.md: two compressors on each GPU
-        (FOUR_CARDS, {"compress_gpus": 0.25, "compress_actors": 8}),
+        (FOUR_CARDS, {"compress_gpus": 0.34, "answer_gpus": 0.32, "compress_actors": 8}),
+        # GPUs of their own for answers
+        ([(64, 4)], {"answer_gpus": 2.0, "answer_actors": 1, "compress_actors": 4}),
     ],
 )
 def test_what_the_documents_advise_is_accepted(
@@ -130,8 +132,10 @@ class Actor:
     def gpus(self):
         return ray.get_gpu_ids()
 
-pools, actors, found = size_pools(PoolsConfig(), answers=sys.argv[1] == "answers"), [], {}
-for stage in ("compress", "answer"):
+stages, keys = sys.argv[1].split(), json.loads(sys.argv[2])
+pools = size_pools(PoolsConfig(**keys), answers=stages != ["compress"])
+actors, found = [], {}
+for stage in stages:
     pool = getattr(pools, stage)
     own = [Actor.options(num_cpus=pool.cpus, num_gpus=pool.gpus) for _ in range(pool.actors)]
     actors.append([actor.remote() for actor in own])
@@ -141,11 +145,24 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("answers", [True, False])
-def test_every_gpu_of_a_node_compresses(answers: bool) -> None:
+@pytest.mark.parametrize(
+    ("keys", "each"),
+    [
+        ({}, {"compress": 1, "answer": 1}),
+        ({}, {"compress": 1}),
+        ({"compress_actors": 6}, {"compress": 2}),
+        ({}, {"answer_alone": 1}),
+        # docs/operations.md: two compressors on each GPU
+        (
+            {"compress_gpus": 0.34, "answer_gpus": 0.32, "compress_actors": 6},
+            {"compress": 2, "answer": 1},
+        ),
+    ],
+)
+def test_every_gpu_of_a_node_is_used(keys: dict[str, Any], each: dict[str, int]) -> None:
     """Ray fills a GPU before it touches the next, so of two halves two compressors shared one."""
     done = subprocess.run(
-        [sys.executable, "-c", PLACE, "answers" if answers else "none"],
+        [sys.executable, "-c", PLACE, " ".join(each), json.dumps(keys)],
         cwd=Path(__file__).parents[2],
         check=True,
         stdout=subprocess.PIPE,
@@ -153,7 +170,7 @@ def test_every_gpu_of_a_node_compresses(answers: bool) -> None:
         timeout=120,
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found == {"compress": [0, 1, 2], "answer": [0, 1, 2] if answers else []}
+    assert found == {stage: sorted([0, 1, 2] * times) for stage, times in each.items()}
 
 
 @pytest.mark.parametrize(
