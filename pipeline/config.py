@@ -230,7 +230,8 @@ class AnswerConfig:
     engine: str = _key("auto", "transformers, vllm or auto: vllm on GPUs where it is installed")
     tensor_parallel_size: int = _key(1, "GPUs that share one model; vllm alone can")
     gpu_memory_fraction: float = _key(
-        0.0, "share of a GPU's memory that vllm takes; 0: nine tenths of the actor's share"
+        0.0,
+        "share of a GPU's memory that vllm takes; 0: nine tenths of pools.answer_gpus (-1: .49)",
     )
     context_tokens: int = _key(0, "tokens of a prompt and its answer; 0: the model's positions")
     quantization: str = _key("", "how vllm computes the weights, such as fp8; empty: as they are")
@@ -297,7 +298,9 @@ class PoolsConfig:
     )
     answer_actors: int = _key(0, "answering actors; 0: one a GPU, or one without GPUs")
     answer_cpus: float = _key(0.25, "CPUs of an answering actor")
-    answer_gpus: float = _key(-1.0, "GPUs of an answering actor; -1: half of one; 0: CPU")
+    answer_gpus: float = _key(
+        -1.0, "GPUs of an answering actor; -1: one, with a compressing actor half; 0: CPU"
+    )
     cache_actors: int = _key(0, "cache actors; 0: one a compressor, two where it has a GPU")
     cache_cpus: float = _key(0.1, "CPUs of a cache actor")
 
