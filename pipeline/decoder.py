@@ -96,6 +96,7 @@ def _decode_into(work: "_Work", film: Film, window: Window, sound: SoundReader) 
         "fps": decoded.fps,
         "has_audio": decoded.has_audio,
         "nvdec": decoded.nvdec,
+        "nvdec_failed": decoded.nvdec_failed,
     }
 
 
@@ -207,14 +208,12 @@ def main() -> None:
     resize_frames(torch.zeros((1, 8, 8, 3), dtype=torch.uint8), (28, 28))  # loads what is lazy
     _limit_resources(media, limits)
     work.say({"no_nvdec": why_not})
-    # One in doubt is not asked again: the next file finds this process gone, and gets another.
-    while nvdec is None or not nvdec.in_doubt:
+    while True:
         request = json.loads(requests.get())
         if "path" in request:  # else it asks for more of a file that was given up
             _limit_cpu(limits)
             work.say({"taken": True})
             _serve(work, Path(request["path"]), frozenset(request["skip"]))
-    os._exit(0)  # at once: a thread waits for requests, and a broken context may not let go
 
 
 def child_arguments(media: MediaConfig, limits: DecodeConfig, *, shared_fd: int) -> str:

@@ -44,6 +44,7 @@ class DecodedBytes:
     fps: float
     has_audio: bool
     nvdec: bool | None
+    nvdec_failed: bool
 
 
 class DecoderProcess:
@@ -69,12 +70,8 @@ class DecoderProcess:
 
     def start(self) -> None:
         """Start the child, if there is none, and wait until it can decode."""
-        if self._child is not None:
-            ended = self._child.poll()
-            if ended is None:
-                return
-            if ended == 0:  # of its own will, see decoder.main
-                _LOG.warning("NVDEC failed at a video that the CPU could decode: met anew")
+        if self._child is not None and self._child.poll() is None:
+            return
         self.stop()
         arguments = child_arguments(self._media, self._limits, shared_fd=self._shared_fd)
         self._child = subprocess.Popen(
@@ -128,6 +125,7 @@ class DecoderProcess:
             self.start()
             self._offer(request)
         left: list[Window | None] = [None]
+        nvdec_failed = False
         try:
             answer = self._await("probe_timeout", self._limits.probe_s, "decode.probe_s")
             if "understood" in answer:
@@ -140,6 +138,7 @@ class DecoderProcess:
                 answer = self._await_decoded() if left else {}
             while left:
                 found, goes_on = self._found(answer)
+                nvdec_failed |= not isinstance(found, DecodeError) and found.nvdec_failed
                 yield left.pop(0), found
                 if left and goes_on:
                     self._send({"next": True})
@@ -149,6 +148,8 @@ class DecoderProcess:
                     raise found
         except DecodeError as error:
             yield from ((window, error) for window in left)
+        if nvdec_failed:
+            self.stop()  # see media_nvdec.Nvdec
 
     def _found(self, answer: dict[str, Any]) -> tuple[DecodedBytes | DecodeError, bool]:
         """Return what the child says of a window, and whether it waits to go on."""
@@ -199,6 +200,7 @@ class DecoderProcess:
             fps=answer["fps"],
             has_audio=answer["has_audio"],
             nvdec=answer["nvdec"],
+            nvdec_failed=answer["nvdec_failed"],
         )
 
     def _offer(self, request: dict[str, Any]) -> bool:

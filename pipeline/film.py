@@ -39,6 +39,7 @@ class Decoded:
     fps: float  # sampled frames a second
     has_audio: bool
     nvdec: bool | None  # whether NVDEC decoded the frames; None: decode.nvdec is false
+    nvdec_failed: bool  # at frames that the CPU could decode
 
 
 Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
@@ -92,7 +93,7 @@ class Film:
         times_s, fps = sample_times(
             window.duration_s, fps=self._media.fps, max_frames=self._media.max_frames
         )
-        frames, nvdec = self._frames(window.start_s + times_s, allocate or _empty)
+        frames, on_gpu = self._frames(window.start_s + times_s, allocate or _empty)
         longest_s = self._media.max_audio_s
         if not window.is_last:  # behind the pictures sound may go on
             longest_s = min(longest_s, window.duration_s)
@@ -103,20 +104,18 @@ class Film:
             duration_s=window.duration_s,
             fps=fps,
             has_audio=audio is not None,
-            nvdec=nvdec,
+            nvdec=on_gpu if self._limits.nvdec else None,
+            nvdec_failed=self._nvdec is not None and not on_gpu,
         )
 
     def _frames(
         self, times_s: NDArray[np.float64], allocate: Allocate
-    ) -> tuple[NDArray[np.uint8], bool | None]:
+    ) -> tuple[NDArray[np.uint8], bool]:
         """Return the frames, and whether NVDEC decoded them; what it fails at, the CPU decodes."""
-        if self._nvdec is None:
-            return self._read(times_s, allocate), False if self._limits.nvdec else None
-        with contextlib.suppress(DecodeError, MemoryError, av.FFmpegError):
-            return self._read(times_s, allocate, self._nvdec.accel), True
-        frames = self._read(times_s, allocate)
-        self._nvdec.in_doubt = True
-        return frames, False
+        if self._nvdec is not None:
+            with contextlib.suppress(DecodeError, MemoryError, av.FFmpegError):
+                return self._read(times_s, allocate, self._nvdec.accel), True
+        return self._read(times_s, allocate), False
 
     def _read(
         self, times_s: NDArray[np.float64], allocate: Allocate, accel: HWAccel | None = None

@@ -32,11 +32,9 @@ class Nvdec:
     """The video engines of one of the GPUs that CUDA shows; one CUDA context for all files.
 
     `accel` is for `open_media`: it fails where the engines cannot decode, and leaves pictures on
-    the GPU until they are reformatted. `in_doubt` is set by who met a fault that the CPU had not
-    with the same file: a CUDA context that has failed once may fail for ever.
+    the GPU until they are reformatted. Where they fail and the CPU does not, begin a new process: a
+    CUDA context that has failed once may fail for ever.
     """
-
-    in_doubt = False
 
     def __init__(self) -> None:
         """Choose a GPU and decode a picture on it. Raises NvdecError where that fails."""

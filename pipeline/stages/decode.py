@@ -78,6 +78,8 @@ class Decode:
                     message = f"{uri}{span}: {found.message}"
                     yield _logged(rows.failed(part, "decode", found.error_type, message))
                 else:
+                    if found.nvdec_failed:
+                        _LOG.warning("%s: NVDEC failed, so the CPU decoded it", uri)
                     yield {**part, **vars(found)}
                 start = time.monotonic()
         except (BoundaryError, StorageError) as error:

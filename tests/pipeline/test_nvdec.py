@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,15 @@ from av.video.frame import VideoFrame
 from av.video.plane import VideoPlane
 from numpy.typing import NDArray
 
-from pipeline import media_nvdec
-from pipeline.config import CaptionConfig, DecodeConfig, MediaConfig
+from pipeline import media_nvdec, rows
+from pipeline.boundary import Roots
+from pipeline.config import CaptionConfig, DecodeConfig, MediaConfig, StorageConfig
 from pipeline.decoder_process import DecodedBytes, DecoderProcess
 from pipeline.film import Film, decode_file
 from pipeline.media_frames import FrameReader, read_frames
 from pipeline.media_index import DecodeError, index_video, open_media, video_stream
 from pipeline.media_nvdec import Nvdec, NvdecError, _take_slot
+from pipeline.stages.decode import Decode
 from pipeline.testing import clips
 
 MEDIA = MediaConfig(fps=5.0)
@@ -118,14 +119,14 @@ def test_a_build_without_nvdec_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
 @without_gpu
 def test_a_file_that_the_engines_fail_at_is_decoded_by_the_cpu(folder: Path) -> None:
     path = clip(folder, "b_frames.mp4")
-    broken: Any = SimpleNamespace(accel=HWAccel("cuda"), takes=Nvdec.takes, in_doubt=False)
+    broken: Any = SimpleNamespace(accel=HWAccel("cuda"), takes=Nvdec.takes)
     with pytest.raises(DecodeError):  # what stands in for a broken driver
         open_media(path, broken.accel)
     film = Film(path, MEDIA, NVDEC, nvdec=broken)
     with film.sound() as sound:
         found = film.decode(film.windows[0], sound)
     assert found.nvdec is False
-    assert broken.in_doubt
+    assert found.nvdec_failed
     assert np.array_equal(found.frames, decode_file(path, MEDIA, DecodeConfig()).frames)
 
 
@@ -135,7 +136,6 @@ from av.codec.hwaccel import HWAccel
 import pipeline.media_nvdec
 
 class Broken:
-    in_doubt = False
     takes = staticmethod(pipeline.media_nvdec.Nvdec.takes)
     accel = HWAccel("cuda")
 
@@ -143,23 +143,25 @@ pipeline.media_nvdec.Nvdec = Broken
 """
 
 
-@without_gpu
-def test_a_gpu_that_failed_is_met_by_a_new_process(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.fixture
+def broken_nvdec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(BROKEN_NVDEC)
     monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@without_gpu
+@pytest.mark.usefixtures("broken_nvdec")
+def test_a_gpu_that_failed_is_met_by_a_new_process(folder: Path) -> None:
     process = DecoderProcess(MEDIA, NVDEC)
+    failed = []
     try:
         pids = []
         for name in ("mpeg4.mp4", "b_frames.mp4", "mpeg4.mp4", "sound.mp4", "b_frames.mp4"):
             path = clip(folder, name)
-            found = process.decode(path)
+            process.start()
             pids.append(process.pid)
-            time.sleep(1)  # it leaves behind its answer
+            found = process.decode(path)
+            failed.append(found.nvdec_failed)
             assert found.nvdec is False
             assert np.array_equal(
                 np.frombuffer(found.frames, np.uint8),
@@ -167,9 +169,30 @@ def test_a_gpu_that_failed_is_met_by_a_new_process(
             )
     finally:
         process.close()
-    assert caplog.text.count("NVDEC failed at a video that the CPU could decode") == 2
     # what NVDEC does not take says nothing of it
+    assert failed == [False, True, False, True, True]
     assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4]
+
+
+@without_gpu
+@pytest.mark.usefixtures("broken_nvdec")
+def test_the_log_names_the_video_that_a_gpu_failed_at(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Decode(MEDIA, NVDEC, StorageConfig(attempts=1), Roots((str(folder),), None))
+    try:
+        for name in ("mpeg4.mp4", "b_frames.mp4", "sound.mp4"):
+            path = clip(folder, name)
+            row = {"video_key": name, "uri": str(path), "size_bytes": path.stat().st_size}
+            block = rows.build([{**row, "etag": "", "attempts": 1}], rows.IDENTITY)
+            [decoded] = [row for part in stage(block) for row in part.to_pylist()]
+            assert (decoded["error_type"], decoded["nvdec"]) == (None, False)
+    finally:
+        stage.close()
+    said = [line for line in caplog.messages if "NVDEC failed, so the CPU decoded it" in line]
+    assert [line.partition(":")[0] for line in said] == [
+        str(clip(folder, name)) for name in ("b_frames.mp4", "sound.mp4")
+    ]
 
 
 def as_a_gpu_has_it(frame: VideoFrame) -> VideoFrame:
